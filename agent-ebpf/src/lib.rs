@@ -1,2 +1,293 @@
-#![no_std]
-//! ABI.
+//! The boundary between the agent and its eBPF programs: the keys and values of every map, and the decisions.
+//!
+//! Everything here compiles for the kernel and for the host, so that both sides share one definition and the
+//! decisions are unit-tested where tests run. Values are native endian unless said otherwise; ports are in host
+//! order; addresses are in network order, IPv4 in the first four of sixteen bytes.
+
+#![cfg_attr(not(test), no_std)]
+
+pub mod decide;
+
+/// Version of everything in this crate that outlives a process: map names, keys, values and their meaning.
+///
+/// Pins live below a directory that bears it, so two versions never mistake each other's maps.
+pub const ABI_VERSION: u32 = 1;
+
+/// `AF_INET`, the same on every Linux architecture.
+pub const AF_INET: u16 = 2;
+/// `AF_INET6`, the same on every Linux architecture.
+pub const AF_INET6: u16 = 10;
+
+/// `SOL_IP`: the level at which a proxy asks for an IPv4 `SO_ORIGINAL_DST`.
+pub const SOL_IP: i32 = 0;
+/// `SOL_IPV6`: the level at which a proxy asks for an IPv6 `IP6T_SO_ORIGINAL_DST`.
+pub const SOL_IPV6: i32 = 41;
+/// `SO_ORIGINAL_DST` and `IP6T_SO_ORIGINAL_DST` (linux/netfilter_ipv4.h and linux/netfilter_ipv6/ip6_tables.h).
+pub const SO_ORIGINAL_DST: i32 = 80;
+/// The private `getsockopt` level of this project ("MR").
+pub const SOL_MESH_REDIRECT: i32 = 0x4d52;
+/// On an accepted socket, at [`SOL_MESH_REDIRECT`]: answers an [`OriginOption`].
+pub const MESH_REDIRECT_ORIGIN: i32 = 1;
+/// On a listening socket, at [`SOL_MESH_REDIRECT`]: "this listener is being served"; answers nothing.
+pub const MESH_REDIRECT_HEARTBEAT: i32 = 2;
+
+/// Nanoseconds after which a listener that has sent heartbeats counts as hung.
+pub const HEARTBEAT_EXPIRY_NS: u64 = 3_000_000_000;
+
+/// Bytes of a service's name, NUL padded; a name is at most one byte shorter.
+pub const NAME_LEN: usize = 64;
+/// Services that can be enabled at once.
+pub const MAX_SERVICES: u32 = 4096;
+/// CIDR entries of all services together.
+pub const MAX_RULES: u32 = 65_536;
+/// Port ranges that one CIDR of one service can carry, after ranges that overlap were resolved.
+pub const MAX_PORT_RANGES: usize = 16;
+/// Handshakes between clients and the proxy that can be under way at once.
+pub const MAX_HANDSHAKES: u32 = 16_384;
+
+/// Declares a value that crosses the boundary: `#[repr(C)]`, copyable, of an asserted size.
+macro_rules! shared {
+    ($(#[$meta:meta])* $name:ident: $size:literal { $($(#[$field_meta:meta])* $field:ident: $type:ty,)+ }) => {
+        $(#[$meta])*
+        #[repr(C)]
+        #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+        pub struct $name {
+            $($(#[$field_meta])* pub $field: $type,)+
+        }
+
+        const _: () = assert!(size_of::<$name>() == $size);
+        // No implicit padding: a kernel map compares and copies every byte.
+        const _: () = assert!(0 $(+ size_of::<$type>())+ == $size);
+
+        // SAFETY: `repr(C)`, no padding, and every bit pattern of the integers and arrays inside is valid.
+        #[cfg(feature = "user")]
+        #[expect(unsafe_code, reason = "the trait is the promise that the lines above prove")]
+        unsafe impl aya::Pod for $name {}
+    };
+}
+
+shared! {
+    /// One enabled service. Value of `MR_SERVICES`, keyed by the service's id (u32, never zero).
+    Service: 72 {
+        /// Which rules apply: the first part of [`RuleKey`]. Replaced together with the rules, in one map update.
+        policy: u32,
+        /// [`FAILURE_OPEN`] or [`FAILURE_CLOSED`].
+        failure: u16,
+        /// Where the proxy listens on 127.0.0.1 and ::1.
+        proxy_port: u16,
+        /// The name, UTF-8, NUL padded.
+        name: [u8; NAME_LEN],
+    }
+}
+
+/// With no proxy listening, connections go where they were going.
+pub const FAILURE_OPEN: u16 = 0;
+/// With no proxy listening, connections are refused with `ECONNREFUSED`.
+pub const FAILURE_CLOSED: u16 = 1;
+
+shared! {
+    /// What a destination is looked up by: the data of an `LPM_TRIE` key, after its prefix length.
+    RuleKey: 24 {
+        /// [`Service::policy`].
+        policy: u32,
+        /// [`AF_INET`] or [`AF_INET6`].
+        family: u32,
+        /// The destination, network order.
+        addr: [u8; 16],
+    }
+}
+
+impl RuleKey {
+    /// Bits of a key that come before the address and always have to match.
+    pub const FIXED_BITS: u32 = 64;
+}
+
+shared! {
+    /// What happens to the ports of one CIDR. Value of `MR_RULES`.
+    ///
+    /// The ranges are disjoint and sorted; a port in none of them passes.
+    Rules: 132 {
+        /// How many of `ranges` count.
+        len: u32,
+        /// The ranges.
+        ranges: [PortRange; MAX_PORT_RANGES],
+    }
+}
+
+shared! {
+    /// An inclusive range of ports that is steered, or not.
+    PortRange: 8 {
+        /// First port.
+        first: u16,
+        /// Last port.
+        last: u16,
+        /// [`VERDICT_PASS`] or [`VERDICT_STEER`].
+        verdict: u32,
+    }
+}
+
+/// The connection is left alone.
+pub const VERDICT_PASS: u32 = 0;
+/// The connection goes to the proxy.
+pub const VERDICT_STEER: u32 = 1;
+
+shared! {
+    /// What was asked for and by whom: socket storage of a steered client, then of the connection the proxy accepted.
+    Origin: 40 {
+        /// Where the application was going, network order.
+        addr: [u8; 16],
+        /// [`AF_INET`] or [`AF_INET6`]; an IPv4-mapped IPv6 destination is [`AF_INET`].
+        family: u16,
+        /// The port it was going to.
+        port: u16,
+        /// The service's id.
+        service: u32,
+        /// User id of the process that connected.
+        uid: u32,
+        /// Process id (thread group) of the process that connected, in the initial namespace.
+        pid: u32,
+        /// Id of the cgroup of the process that connected.
+        cgroup: u64,
+    }
+}
+
+shared! {
+    /// A connection between a client and the proxy while it is being set up. Key of `MR_HANDSHAKES`.
+    Handshake: 48 {
+        /// Cookie of the network namespace; zero on kernels that do not tell (before 5.15).
+        netns: u64,
+        /// The client's end, network order.
+        client: [u8; 16],
+        /// The proxy's end, network order.
+        proxy: [u8; 16],
+        /// The client's port.
+        client_port: u16,
+        /// The proxy's port.
+        proxy_port: u16,
+        /// [`AF_INET`] or [`AF_INET6`].
+        family: u32,
+    }
+}
+
+shared! {
+    /// A listener that the proxy's cgroup opened: its socket storage. Any other listener on the port is a stranger.
+    Listener: 8 {
+        /// `CLOCK_MONOTONIC` of the last heartbeat in nanoseconds; zero for a proxy that sends none.
+        heartbeat_ns: u64,
+    }
+}
+
+shared! {
+    /// The answer to [`MESH_REDIRECT_ORIGIN`].
+    OriginOption: 104 {
+        /// Version of this answer: 1.
+        version: u32,
+        /// [`Origin::family`].
+        family: u16,
+        /// [`Origin::port`].
+        port: u16,
+        /// [`Origin::addr`].
+        addr: [u8; 16],
+        /// [`Origin::uid`].
+        uid: u32,
+        /// [`Origin::pid`].
+        pid: u32,
+        /// [`Origin::cgroup`].
+        cgroup: u64,
+        /// [`Service::name`]; empty when the service was disabled meanwhile.
+        service: [u8; NAME_LEN],
+    }
+}
+
+/// [`OriginOption::version`] of this version.
+pub const ORIGIN_OPTION_VERSION: u32 = 1;
+
+shared! {
+    /// What happened to a service's connections. Value of `MR_COUNTERS` for each CPU, keyed by the service's id.
+    Counters: 40 {
+        /// Sent to the proxy.
+        steered: u64,
+        /// Left alone because policy says so.
+        passed_by_rule: u64,
+        /// Left alone because no proxy was listening and the service fails open.
+        passed_proxy_absent: u64,
+        /// Refused because no proxy was listening and the service fails closed.
+        refused: u64,
+        /// Should have been steered, but the kernel could not keep the origin; treated as if no proxy listened.
+        errors: u64,
+    }
+}
+
+impl Counters {
+    /// Nothing happened yet.
+    pub const ZERO: Self =
+        Self { steered: 0, passed_by_rule: 0, passed_proxy_absent: 0, refused: 0, errors: 0 };
+}
+
+/// Names of the maps that are pinned, in the kernel (at most 15 bytes) and below the pin directory.
+pub mod maps {
+    /// Hash: service id → [`Service`](super::Service).
+    pub const SERVICES: &str = "MR_SERVICES";
+    /// Longest-prefix trie: [`RuleKey`](super::RuleKey) → [`Rules`](super::Rules).
+    pub const RULES: &str = "MR_RULES";
+    /// Per-CPU hash: service id → [`Counters`](super::Counters).
+    pub const COUNTERS: &str = "MR_COUNTERS";
+    /// Cgroup storage: the service id of an attachment; zero is "not ready, pass".
+    pub const SCOPES: &str = "MR_SCOPES";
+    /// Socket storage: [`Origin`](super::Origin).
+    pub const ORIGINS: &str = "MR_ORIGINS";
+    /// LRU hash: [`Handshake`](super::Handshake) → [`Origin`](super::Origin).
+    pub const HANDSHAKES: &str = "MR_HANDSHAKES";
+    /// Socket storage: [`Listener`](super::Listener).
+    pub const LISTENERS: &str = "MR_LISTENERS";
+
+    /// All of them.
+    pub const ALL: [&str; 7] = [SERVICES, RULES, COUNTERS, SCOPES, ORIGINS, HANDSHAKES, LISTENERS];
+}
+
+/// The programs: their names in the kernel, and where they attach.
+pub mod programs {
+    /// A program and the hook it is for.
+    #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+    pub struct Program {
+        /// Name of the function, and of the pin.
+        pub name: &'static str,
+        /// `enum bpf_attach_type` (linux/bpf.h).
+        pub attach_type: u32,
+    }
+
+    /// Attach types of linux/bpf.h.
+    const BPF_CGROUP_SOCK_OPS: u32 = 3;
+    /// See [`BPF_CGROUP_SOCK_OPS`].
+    pub const BPF_CGROUP_INET4_CONNECT: u32 = 10;
+    /// See [`BPF_CGROUP_SOCK_OPS`].
+    pub const BPF_CGROUP_INET6_CONNECT: u32 = 11;
+    const BPF_CGROUP_GETSOCKOPT: u32 = 21;
+    const BPF_CGROUP_INET4_GETPEERNAME: u32 = 29;
+    const BPF_CGROUP_INET6_GETPEERNAME: u32 = 30;
+
+    const fn program(name: &'static str, attach_type: u32) -> Program {
+        Program { name, attach_type }
+    }
+
+    /// Attached to every cgroup of an enabled service, in this order: what restores comes before what rewrites.
+    pub const SERVICE: [Program; 5] = [
+        program("mr_peername4", BPF_CGROUP_INET4_GETPEERNAME),
+        program("mr_peername6", BPF_CGROUP_INET6_GETPEERNAME),
+        program("mr_client_ops", BPF_CGROUP_SOCK_OPS),
+        program("mr_connect4", BPF_CGROUP_INET4_CONNECT),
+        program("mr_connect6", BPF_CGROUP_INET6_CONNECT),
+    ];
+
+    /// Attached to the proxy's cgroup. Without them no listener counts as the proxy, so nothing is steered.
+    pub const PROXY: [Program; 2] =
+        [program("mr_getsockopt", BPF_CGROUP_GETSOCKOPT), program("mr_proxy_ops", BPF_CGROUP_SOCK_OPS)];
+
+    /// All of them.
+    pub fn all() -> impl Iterator<Item = Program> {
+        SERVICE.into_iter().chain(PROXY)
+    }
+}
+
+/// Name of the constant in the object that says whether `bpf_get_netns_cookie` exists for every program type here (5.15).
+pub const NETNS_COOKIES: &str = "NETNS_COOKIES";

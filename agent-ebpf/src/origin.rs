@@ -1,0 +1,163 @@
+//! How an origin travels from the client's socket to the one that the proxy accepts, and how the proxy reads it.
+//!
+//! The client's port is known only when its SYN is about to leave, and the proxy's socket exists only when the
+//! handshake ends; between the two the origin waits under the connection's addresses. Both ends then carry it
+//! themselves, and it goes with them.
+
+use crate::{context, maps};
+use agent_ebpf::{
+    AF_INET, AF_INET6, MESH_REDIRECT_HEARTBEAT, MESH_REDIRECT_ORIGIN, NAME_LEN, ORIGIN_OPTION_VERSION,
+    Origin, OriginOption, SO_ORIGINAL_DST, SOL_IP, SOL_IPV6, SOL_MESH_REDIRECT,
+};
+use aya_ebpf::{
+    bindings::{
+        BPF_SOCK_OPS_PASSIVE_ESTABLISHED_CB, BPF_SOCK_OPS_STATE_CB, BPF_SOCK_OPS_STATE_CB_FLAG,
+        BPF_SOCK_OPS_TCP_CONNECT_CB, BPF_SOCK_OPS_TCP_LISTEN_CB, BPF_TCP_CLOSE,
+    },
+    helpers::generated::bpf_ktime_get_ns,
+    programs::{SockOpsContext, SockoptContext},
+};
+
+const DONE: u32 = 1;
+
+/// An event of a socket in a service's cgroup.
+#[inline(always)]
+pub fn client_event(ctx: &SockOpsContext) -> u32 {
+    match ctx.op() {
+        BPF_SOCK_OPS_TCP_CONNECT_CB => hand_over(ctx),
+        BPF_SOCK_OPS_STATE_CB if ctx.arg(1) == BPF_TCP_CLOSE => give_up(ctx),
+        _ => {}
+    }
+    DONE
+}
+
+/// An event of a socket in the proxy's cgroup.
+#[inline(always)]
+pub fn proxy_event(ctx: &SockOpsContext) -> u32 {
+    match ctx.op() {
+        BPF_SOCK_OPS_PASSIVE_ESTABLISHED_CB => take_over(ctx),
+        BPF_SOCK_OPS_TCP_LISTEN_CB => {
+            if let Some(sk) = context::socket(ctx) {
+                maps::mark_listener(sk, 0);
+            }
+        }
+        _ => {}
+    }
+    DONE
+}
+
+#[inline(always)]
+fn hand_over(ctx: &SockOpsContext) {
+    let Some(sk) = context::socket(ctx) else { return };
+    let Some(origin) = maps::origin(sk) else { return };
+    if maps::begin_handshake(&context::handshake_of_client(ctx, origin.family), origin) {
+        // So that the entry goes when the connection never comes to be.
+        let _a_flag_the_kernel_knows = ctx.set_cb_flags(BPF_SOCK_OPS_STATE_CB_FLAG as i32);
+    } else {
+        maps::count(origin.service, |counters| &mut counters.errors);
+    }
+}
+
+#[inline(always)]
+fn give_up(ctx: &SockOpsContext) {
+    let Some(sk) = context::socket(ctx) else { return };
+    let Some(origin) = maps::origin(sk) else { return };
+    maps::forget_handshake(&context::handshake_of_client(ctx, origin.family));
+}
+
+#[inline(always)]
+fn take_over(ctx: &SockOpsContext) {
+    let Some(sk) = context::socket(ctx) else { return };
+    let Some(origin) = maps::take_handshake(&context::handshake_of_proxy(ctx)) else { return };
+    if !maps::set_origin(sk, origin) {
+        maps::count(origin.service, |counters| &mut counters.errors);
+    }
+}
+
+/// `getsockopt` of the proxy: answers the options of this project and leaves every other one alone.
+#[inline(always)]
+pub fn getsockopt(ctx: &SockoptContext) -> i32 {
+    let (sk, level, name) = context::option(ctx);
+    match (level, name) {
+        (SOL_MESH_REDIRECT, MESH_REDIRECT_HEARTBEAT) => {
+            // SAFETY: takes nothing and returns a number.
+            maps::mark_listener(sk, unsafe { bpf_ktime_get_ns() });
+            context::answer(ctx, &());
+        }
+        (SOL_IP, SO_ORIGINAL_DST) => {
+            if let Some(origin) = maps::origin(sk)
+                && origin.family == AF_INET
+            {
+                context::answer(ctx, &SockaddrIn::of(origin));
+            }
+        }
+        (SOL_IPV6, SO_ORIGINAL_DST) => {
+            if let Some(origin) = maps::origin(sk)
+                && origin.family == AF_INET6
+            {
+                context::answer(ctx, &SockaddrIn6::of(origin));
+            }
+        }
+        (SOL_MESH_REDIRECT, MESH_REDIRECT_ORIGIN) => {
+            if let Some(origin) = maps::origin(sk) {
+                context::answer(ctx, &whole(origin));
+            }
+        }
+        _ => {}
+    }
+    1
+}
+
+#[inline(always)]
+fn whole(origin: &Origin) -> OriginOption {
+    OriginOption {
+        version: ORIGIN_OPTION_VERSION,
+        family: origin.family,
+        port: origin.port,
+        addr: origin.addr,
+        uid: origin.uid,
+        pid: origin.pid,
+        cgroup: origin.cgroup,
+        service: maps::service(origin.service).map_or([0; NAME_LEN], |service| service.name),
+    }
+}
+
+/// `struct sockaddr_in` (linux/in.h).
+#[repr(C)]
+struct SockaddrIn {
+    family: u16,
+    port_be: u16,
+    addr: [u8; 4],
+    zero: [u8; 8],
+}
+
+impl SockaddrIn {
+    #[inline(always)]
+    fn of(origin: &Origin) -> Self {
+        let [a, b, c, d, ..] = origin.addr;
+        Self { family: origin.family, port_be: origin.port.to_be(), addr: [a, b, c, d], zero: [0; 8] }
+    }
+}
+
+/// `struct sockaddr_in6` (linux/in6.h).
+#[repr(C)]
+struct SockaddrIn6 {
+    family: u16,
+    port_be: u16,
+    flowinfo: u32,
+    addr: [u8; 16],
+    scope_id: u32,
+}
+
+impl SockaddrIn6 {
+    #[inline(always)]
+    fn of(origin: &Origin) -> Self {
+        Self {
+            family: origin.family,
+            port_be: origin.port.to_be(),
+            flowinfo: 0,
+            addr: origin.addr,
+            scope_id: 0,
+        }
+    }
+}

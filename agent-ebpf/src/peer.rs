@@ -1,0 +1,32 @@
+//! `getpeername` of a steered socket shows the peer that the application asked for.
+
+use crate::{context, maps};
+use agent_ebpf::{Origin, decide::Destination};
+use aya_ebpf::programs::SockAddrContext;
+
+/// These hooks may only change the answer.
+const PROCEED: i32 = 1;
+
+/// `getpeername` of an IPv4 socket.
+#[inline(always)]
+pub fn getpeername4(ctx: &SockAddrContext) -> i32 {
+    if let Some(asked) = asked(ctx) {
+        context::set_address4(ctx, &asked);
+    }
+    PROCEED
+}
+
+/// `getpeername` of an IPv6 socket.
+#[inline(always)]
+pub fn getpeername6(ctx: &SockAddrContext) -> i32 {
+    if let Some(asked) = asked(ctx) {
+        context::set_address6(ctx, &asked);
+    }
+    PROCEED
+}
+
+#[inline(always)]
+fn asked(ctx: &SockAddrContext) -> Option<Destination> {
+    let Origin { family, port, addr, .. } = *maps::origin(context::client(ctx))?;
+    Some(Destination { family, port, addr })
+}
