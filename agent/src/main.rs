@@ -1,1 +1,37 @@
-fn main() {}
+//! `mesh-redirect`: the daemon and its command line.
+
+mod api;
+mod check;
+mod cli;
+mod client;
+mod commands;
+mod config;
+mod daemon;
+mod lock;
+mod plan;
+mod present;
+mod probe;
+mod redirect;
+mod rules;
+mod server;
+mod state;
+mod sys;
+mod workload;
+
+use clap::Parser as _;
+use std::process::ExitCode;
+use tracing_subscriber::EnvFilter;
+
+fn main() -> ExitCode {
+    let cli = cli::Cli::parse();
+    log_to_stderr();
+    commands::run(cli).unwrap_or_else(|error| {
+        eprintln!("mesh-redirect: {error:#}");
+        ExitCode::FAILURE
+    })
+}
+
+fn log_to_stderr() {
+    let filter = EnvFilter::try_from_env("MESH_REDIRECT_LOG").unwrap_or_else(|_| EnvFilter::new("info"));
+    tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).with_target(false).init();
+}

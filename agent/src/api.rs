@@ -1,0 +1,88 @@
+//! What goes over the control socket: HTTP/1.1 with JSON bodies.
+//!
+//! | request | answer |
+//! |---|---|
+//! | `GET /v1/status` | [`Status`] |
+//! | `PUT /v1/services/NAME` | [`Changed`] |
+//! | `DELETE /v1/services/NAME` | [`Changed`] |
+//! | `POST /v1/services/NAME/commands` | [`Joined`]: the calling process is in a steered cgroup of its own now |
+//!
+//! What fails answers 4xx or 5xx with [`Refusal`].
+
+use serde::{Deserialize, Serialize};
+
+/// Version of [`Status`].
+pub(crate) const STATUS_VERSION: u32 = 1;
+
+/// The state of everything.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct Status {
+    pub(crate) version: u32,
+    pub(crate) proxy: Proxy,
+    pub(crate) services: Vec<Service>,
+}
+
+/// The proxy's side.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct Proxy {
+    pub(crate) port: u16,
+    /// Absent while the proxy's unit or cgroup does not exist.
+    pub(crate) cgroup: Option<String>,
+    /// Whether its side is attached there.
+    pub(crate) attached: bool,
+}
+
+/// One service.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct Service {
+    pub(crate) name: String,
+    /// False where only commands run as the service are steered.
+    pub(crate) enabled: bool,
+    /// Seconds of the Unix epoch.
+    pub(crate) since: u64,
+    pub(crate) failure: String,
+    /// Where its processes are; none for a unit that does not run.
+    pub(crate) scopes: Vec<Scope>,
+    pub(crate) counters: Counters,
+}
+
+/// One cgroup of a service.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct Scope {
+    pub(crate) cgroup: String,
+    /// Whether the kernel says that all programs are attached.
+    pub(crate) attached: bool,
+}
+
+/// What happened to a service's connections.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct Counters {
+    pub(crate) steered: u64,
+    pub(crate) passed_by_rule: u64,
+    pub(crate) passed_proxy_absent: u64,
+    pub(crate) refused: u64,
+    pub(crate) errors: u64,
+}
+
+/// A service was enabled or disabled.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct Changed {
+    pub(crate) service: String,
+    /// False where it was so already.
+    pub(crate) changed: bool,
+    /// What the user should know: a unit that does not run, a proxy that is not there.
+    pub(crate) notes: Vec<String>,
+}
+
+/// A command was moved.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct Joined {
+    pub(crate) cgroup: String,
+    pub(crate) notes: Vec<String>,
+}
+
+/// Why a request was refused.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct Refusal {
+    pub(crate) error: String,
+}

@@ -1,0 +1,137 @@
+//! Whether this host can do what is asked of it: one line for each fact, with the remedy.
+
+use crate::{api, client, config::Config, probe, redirect::ebpf, workload::Workloads};
+use hyper::Method;
+use serde::Serialize;
+use std::{
+    net::{Ipv4Addr, Ipv6Addr, SocketAddr, TcpStream},
+    time::Duration,
+};
+
+/// The oldest kernel with all that the programs use: a cgroup storage shared by programs (5.9), socket storage in
+/// sock_ops programs (5.8) and CAP_BPF (5.8).
+const OLDEST_KERNEL: (u32, u32) = (5, 10);
+
+/// One fact.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub(crate) struct Line {
+    pub(crate) subject: &'static str,
+    pub(crate) ok: bool,
+    /// Whether nothing can be steered without it.
+    pub(crate) required: bool,
+    pub(crate) finding: String,
+    /// What to do where it is not ok.
+    pub(crate) remedy: Option<String>,
+}
+
+impl Line {
+    fn required(subject: &'static str, result: Result<String, String>, remedy: impl Into<String>) -> Self {
+        let ok = result.is_ok();
+        let finding = result.unwrap_or_else(|finding| finding);
+        Self { subject, ok, required: true, finding, remedy: (!ok).then(|| remedy.into()) }
+    }
+
+    fn wanted(subject: &'static str, result: Result<String, String>, remedy: impl Into<String>) -> Self {
+        Self { required: false, ..Self::required(subject, result, remedy) }
+    }
+}
+
+/// Looks at everything.
+pub(crate) fn all(config: &Config) -> Vec<Line> {
+    vec![
+        kernel(),
+        cgroup2(),
+        privileges(),
+        bpffs(config),
+        programs(),
+        daemon(config),
+        proxy_listens(config),
+        proxy_attached(config),
+    ]
+}
+
+fn kernel() -> Line {
+    let (major, minor) = OLDEST_KERNEL;
+    let result = match probe::kernel() {
+        Ok((release, version)) if version >= OLDEST_KERNEL => Ok(release),
+        Ok((release, _)) => Err(format!("{release} is older than {major}.{minor}")),
+        Err(error) => Err(format!("uname: {error}")),
+    };
+    Line::required("kernel", result, format!("boot Linux {major}.{minor} or newer"))
+}
+
+fn cgroup2() -> Line {
+    let result = probe::cgroup2_mount()
+        .map(|dir| format!("mounted at {}", dir.display()))
+        .map_err(|error| error.to_string());
+    Line::required("cgroup2", result, "mount it, or boot with systemd.unified_cgroup_hierarchy=1")
+}
+
+fn privileges() -> Line {
+    let result = match probe::missing_capabilities() {
+        Ok(missing) if missing.is_empty() => Ok("CAP_BPF and CAP_NET_ADMIN".to_owned()),
+        Ok(missing) => Err(format!("{} missing", missing.join(" and "))),
+        Err(error) => Err(format!("read /proc/self/status: {error}")),
+    };
+    Line::required("privileges", result, "run as root, or give the unit these capabilities")
+}
+
+fn bpffs(config: &Config) -> Line {
+    let pins = config.paths.pins.display();
+    let result = if probe::is_on_bpffs(&config.paths.pins) {
+        Ok(format!("{pins} is on one"))
+    } else {
+        Err(format!("{pins} is on none"))
+    };
+    Line::required("BPF file system", result, "`mount -t bpf bpf /sys/fs/bpf`, or set paths.pins")
+}
+
+fn programs() -> Line {
+    let result = ebpf::try_load().map(|()| "all load".to_owned()).map_err(|error| error.to_string());
+    Line::required(
+        "eBPF programs",
+        result,
+        "a kernel with CONFIG_CGROUP_BPF and the privileges above is needed",
+    )
+}
+
+fn daemon(config: &Config) -> Line {
+    let status = client::call::<api::Status>(&config.paths.run, Method::GET, "/v1/status");
+    let result = match status {
+        Ok(status) => Ok(format!("running, {} services enabled", status.services.len())),
+        Err(error) => Err(error.to_string()),
+    };
+    Line::wanted("daemon", result, "see its log: `journalctl -u mesh-redirect`")
+}
+
+fn proxy_listens(config: &Config) -> Line {
+    let port = config.proxy.port;
+    let listens = |address: SocketAddr| TcpStream::connect_timeout(&address, Duration::from_secs(1)).is_ok();
+    let (v4, v6) = (listens((Ipv4Addr::LOCALHOST, port).into()), listens((Ipv6Addr::LOCALHOST, port).into()));
+    let result = match (v4, v6) {
+        (true, true) => Ok(format!("on 127.0.0.1:{port} and [::1]:{port}")),
+        (true, false) => Ok(format!("on 127.0.0.1:{port} only: IPv6 destinations count as having no proxy")),
+        (false, true) => Ok(format!("on [::1]:{port} only: IPv4 destinations count as having no proxy")),
+        (false, false) => Err(format!("nobody listens on port {port} of 127.0.0.1 or ::1")),
+    };
+    Line::wanted(
+        "proxy listens",
+        result,
+        "start it: `systemctl start mesh-proxy`; until then services fail open or closed as configured",
+    )
+}
+
+fn proxy_attached(config: &Config) -> Line {
+    let found =
+        probe::cgroup2_mount().map(Workloads::new).map(|mut workloads| workloads.cgroup(&config.proxy.scope));
+    let result = match found {
+        Ok(Some(cgroup)) => Ok(format!("in {cgroup}")),
+        Ok(None) => Err(format!("{:?} does not exist now", config.proxy.scope)),
+        Err(error) => Err(error.to_string()),
+    };
+    Line::wanted(
+        "proxy cgroup",
+        result,
+        "set proxy.unit or proxy.cgroup to where the proxy runs; only listeners opened there get traffic",
+    )
+}

@@ -1,0 +1,77 @@
+//! The command line, without logic.
+
+use clap::{Args, Parser, Subcommand};
+use std::{ffi::OsString, path::PathBuf};
+
+/// Steers unmodified services' outbound connections into a co-located proxy, one service at a time.
+#[derive(Debug, Parser)]
+#[command(version, about, max_term_width = 110)]
+pub(crate) struct Cli {
+    /// The configuration file [default: /etc/mesh-redirect/agent.yaml, which may be absent]
+    #[arg(long, global = true, value_name = "FILE")]
+    pub(crate) config: Option<PathBuf>,
+    #[command(subcommand)]
+    pub(crate) command: Command,
+}
+
+/// What is to be done.
+#[derive(Debug, Subcommand)]
+pub(crate) enum Command {
+    /// Run the daemon in the foreground
+    Run,
+    /// Steer a service: its running processes' next connections, and every later start's first
+    Enable {
+        /// A service of the configuration, or a systemd unit
+        service: String,
+        #[command(flatten)]
+        output: Output,
+    },
+    /// Stop steering a service; connections that are steered live on
+    Disable {
+        /// A service of the configuration, or a systemd unit
+        service: String,
+        #[command(flatten)]
+        output: Output,
+    },
+    /// Show what is steered, since when and how much
+    Status {
+        #[command(flatten)]
+        output: Output,
+    },
+    /// Run a command with its connections steered as a service's
+    Exec {
+        /// Whose policy applies; need not be enabled, nor exist
+        service: String,
+        /// The command and its arguments
+        #[arg(last = true, required = true, value_name = "COMMAND")]
+        command: Vec<OsString>,
+    },
+    /// Attach to the cgroup this runs in, without a daemon: for a unit's ExecStartPre=
+    Attach(Attach),
+    /// Remove everything of ours from this host; refuses while a daemon runs
+    Cleanup,
+    /// Tell whether this host can do it, and what to do where it cannot
+    Check {
+        #[command(flatten)]
+        output: Output,
+    },
+}
+
+/// How results are shown.
+#[derive(Clone, Copy, Debug, Args)]
+pub(crate) struct Output {
+    /// As JSON
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+/// Whose cgroup it is.
+#[derive(Debug, Args)]
+#[group(required = true, multiple = false)]
+pub(crate) struct Attach {
+    /// An enabled service's
+    pub(crate) service: Option<String>,
+    /// The proxy's
+    #[arg(long)]
+    pub(crate) proxy: bool,
+}

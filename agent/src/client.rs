@@ -1,0 +1,70 @@
+//! The command line's end of the control socket.
+
+use crate::api::Refusal;
+use bytes::Bytes;
+use http_body_util::{BodyExt as _, Empty, Limited};
+use hyper::{Method, Request, client::conn::http1};
+use hyper_util::rt::TokioIo;
+use serde::de::DeserializeOwned;
+use std::{
+    io,
+    path::{Path, PathBuf},
+};
+use tokio::net::UnixStream;
+
+/// Bytes of an answer.
+const MAX_BODY: usize = 16 << 20;
+
+/// Why there is no answer, or not the one that was hoped for.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum ClientError {
+    /// Nobody answers at the socket.
+    #[error("no daemon answers at {socket}: {cause}; start it: `systemctl start mesh-redirect`, or `mesh-redirect run`", socket = .socket.display())]
+    Absent {
+        /// Where.
+        socket: PathBuf,
+        /// Why.
+        cause: io::Error,
+    },
+    /// The daemon refused.
+    #[error("{0}")]
+    Refused(String),
+    /// The answer is not one.
+    #[error("talk to the daemon: {0}")]
+    Protocol(String),
+}
+
+/// Sends one request and reads its answer.
+pub(crate) fn call<T: DeserializeOwned>(run: &Path, method: Method, path: &str) -> Result<T, ClientError> {
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().map_err(protocol)?;
+    runtime.block_on(exchange(&run.join("agent.sock"), method, path))
+}
+
+async fn exchange<T: DeserializeOwned>(socket: &Path, method: Method, path: &str) -> Result<T, ClientError> {
+    let absent = |cause| ClientError::Absent { socket: socket.to_owned(), cause };
+    let stream = UnixStream::connect(socket).await.map_err(absent)?;
+    let (mut sender, connection) = http1::handshake(TokioIo::new(stream)).await.map_err(protocol)?;
+    tokio::spawn(connection);
+    let request = Request::builder()
+        .method(method)
+        .uri(path)
+        .header("host", "mesh-redirect")
+        .body(Empty::<Bytes>::new());
+    let response = sender.send_request(request.map_err(protocol)?).await.map_err(|error| {
+        ClientError::Protocol(format!(
+            "{error}; the daemon closes the connection on callers that are not root"
+        ))
+    })?;
+    let success = response.status().is_success();
+    let body = Limited::new(response.into_body(), MAX_BODY).collect().await.map_err(protocol)?.to_bytes();
+    if success {
+        return serde_json::from_slice(&body).map_err(protocol);
+    }
+    let Refusal { error } = serde_json::from_slice(&body).map_err(protocol)?;
+    Err(ClientError::Refused(error))
+}
+
+#[expect(clippy::needless_pass_by_value, reason = "the shape that map_err wants")]
+fn protocol(error: impl ToString) -> ClientError {
+    ClientError::Protocol(error.to_string())
+}

@@ -1,0 +1,189 @@
+//! What each command does.
+
+use crate::{
+    api, check,
+    cli::{Attach, Cli, Command, Output},
+    client,
+    config::{Config, ConfigError, Scope, check_name},
+    daemon::{Daemon, Request},
+    lock, plan, present, probe,
+    redirect::ebpf::Ebpf,
+    server,
+    state::StateFile,
+    workload::{self, Workloads, systemd},
+};
+use anyhow::{Context as _, bail};
+use hyper::Method;
+use nix::unistd::geteuid;
+use std::{
+    ffi::OsString, fs, io::Write as _, os::unix::process::CommandExt as _, path::PathBuf, process::ExitCode,
+    sync::mpsc, thread,
+};
+use tokio::signal::unix::{SignalKind, signal};
+
+/// Usage and configuration errors, as clap's.
+const BAD_INPUT: u8 = 2;
+
+/// Runs a command line.
+pub(crate) fn run(cli: Cli) -> anyhow::Result<ExitCode> {
+    let file = cli.config.map(std::path::absolute).transpose()?;
+    let config = match Config::load(file.as_deref()) {
+        Ok(config) => config,
+        Err(error) => return Ok(bad_input(&error)),
+    };
+    if geteuid().as_raw() != 0 && !matches!(cli.command, Command::Check { .. }) {
+        bail!("only root can do this: it changes where other users' connections go");
+    }
+    match cli.command {
+        Command::Run => daemon(config, file)?,
+        Command::Enable { service, output } => change(&config, Method::PUT, "enabled", &service, output)?,
+        Command::Disable { service, output } => {
+            change(&config, Method::DELETE, "disabled", &service, output)?;
+        }
+        Command::Status { output } => status(&config, output)?,
+        Command::Exec { service, command } => exec(&config, &service, &command)?,
+        Command::Attach(attach) => self::attach(&config, &attach)?,
+        Command::Cleanup => cleanup(&config)?,
+        Command::Check { output } => return check(&config, output),
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+fn bad_input(error: &ConfigError) -> ExitCode {
+    eprintln!("mesh-redirect: {error}");
+    ExitCode::from(BAD_INPUT)
+}
+
+fn daemon(config: Config, file: Option<PathBuf>) -> anyhow::Result<()> {
+    let run = config.paths.run.clone();
+    let _only_one = lock::daemon(&run)?;
+    let daemon = Daemon::start(config, file, Workloads::new(probe::cgroup2_mount()?))?;
+    let (requests, received) = mpsc::channel();
+    let mind = thread::Builder::new().name("daemon".to_owned()).spawn(move || daemon.run(&received))?;
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+    runtime.block_on(serve_until_told_to_stop(run.join("agent.sock"), requests.clone()))?;
+    let _already_stopped = requests.send(Request::Stop);
+    if mind.join().is_err() {
+        bail!("the daemon's thread panicked; what is steered stays steered");
+    }
+    Ok(())
+}
+
+async fn serve_until_told_to_stop(socket: PathBuf, requests: mpsc::Sender<Request>) -> anyhow::Result<()> {
+    let listener = server::bind(&socket).with_context(|| format!("bind {}", socket.display()))?;
+    let (mut terminate, mut interrupt) = (signal(SignalKind::terminate())?, signal(SignalKind::interrupt())?);
+    // Where no service manager listens there is nobody to tell.
+    let _no_manager = sd_notify::notify(&[sd_notify::NotifyState::Ready]);
+    tracing::info!(socket = %socket.display(), "ready");
+    tokio::select! {
+        () = server::serve(listener, requests) => {}
+        _ = terminate.recv() => {}
+        _ = interrupt.recv() => {}
+    }
+    let _no_manager = sd_notify::notify(&[sd_notify::NotifyState::Stopping]);
+    tracing::info!("stopping; what is steered stays steered");
+    fs::remove_file(&socket).with_context(|| format!("remove {}", socket.display()))
+}
+
+fn change(config: &Config, method: Method, verb: &str, service: &str, output: Output) -> anyhow::Result<()> {
+    check_name(service).map_err(anyhow::Error::msg)?;
+    let changed: api::Changed = client::call(&config.paths.run, method, &format!("/v1/services/{service}"))?;
+    if output.json { print_json(&changed) } else { print(&present::changed(verb, &changed)) }
+}
+
+fn status(config: &Config, output: Output) -> anyhow::Result<()> {
+    let status: api::Status = client::call(&config.paths.run, Method::GET, "/v1/status")?;
+    if output.json { print_json(&status) } else { print(&present::status(&status)) }
+}
+
+/// The daemon moves this process into a cgroup of its own; it then becomes the command.
+fn exec(config: &Config, service: &str, command: &[OsString]) -> anyhow::Result<()> {
+    check_name(service).map_err(anyhow::Error::msg)?;
+    let path = format!("/v1/services/{service}/commands");
+    let joined: api::Joined = client::call(&config.paths.run, Method::POST, &path)?;
+    for note in joined.notes {
+        eprintln!("mesh-redirect: note: {note}");
+    }
+    let [program, arguments @ ..] = command else { bail!("no command") };
+    let error = std::process::Command::new(program).args(arguments).exec();
+    Err(error).with_context(|| format!("run {}", program.to_string_lossy()))
+}
+
+fn attach(config: &Config, attach: &Attach) -> anyhow::Result<()> {
+    let cgroup = workload::own_cgroup(&probe::cgroup2_mount()?)?;
+    let _held = lock::kernel(&config.paths.run)?;
+    let mut redirect = Ebpf::new(config.paths.pins.clone());
+    let Some(name) = &attach.service else {
+        redirect.attach_proxy(&cgroup)?;
+        return Ok(());
+    };
+    let state = StateFile::new(&config.paths.state).load()?;
+    let Some(entry) = state.get(name) else {
+        bail!("service `{name}` is not enabled; `mesh-redirect enable {name}` does it");
+    };
+    let mut service = plan::service(config, name, entry)?;
+    service.scopes.push(cgroup);
+    redirect.attach_service(&service)?;
+    Ok(())
+}
+
+fn cleanup(config: &Config) -> anyhow::Result<()> {
+    let run = &config.paths.run;
+    let _only_one = lock::daemon(run)?;
+    let held = lock::kernel(run)?;
+    Ebpf::new(config.paths.pins.clone()).remove()?;
+    remove_drop_ins(config)?;
+    let file = StateFile::new(&config.paths.state);
+    remove_command_cgroups(&file);
+    file.remove()?;
+    drop(held);
+    lock::remove(run);
+    print("nothing of mesh-redirect is left in the kernel or in its state\n")
+}
+
+/// Drop-ins of this state only where it is not the host's own: another daemon's are not ours to remove.
+fn remove_drop_ins(config: &Config) -> anyhow::Result<()> {
+    if config.paths.state == std::path::Path::new("/var/lib/mesh-redirect") {
+        return systemd::remove_all_drop_ins().context("remove drop-ins");
+    }
+    let Ok(state) = StateFile::new(&config.paths.state).load() else { return Ok(()) };
+    for (name, _) in state.iter() {
+        if let Scope::Unit(unit) = Workloads::scope(config, name) {
+            systemd::remove_drop_in(&unit).with_context(|| format!("remove the drop-in of {unit}"))?;
+        }
+    }
+    Ok(())
+}
+
+/// A command that still runs keeps its cgroup, which is harmless then.
+fn remove_command_cgroups(file: &StateFile) {
+    let (Ok(state), Ok(root)) = (file.load(), probe::cgroup2_mount()) else { return };
+    let workloads = Workloads::new(root);
+    for path in state.iter().flat_map(|(_, entry)| &entry.commands) {
+        let _still_runs = fs::remove_dir(workloads.dir(path));
+    }
+    let _still_used = fs::remove_dir(workloads.dir("/mesh-redirect"));
+}
+
+fn check(config: &Config, output: Output) -> anyhow::Result<ExitCode> {
+    let lines = check::all(config);
+    if output.json {
+        print_json(&lines)?;
+    } else {
+        print(&present::check(&lines))?;
+    }
+    let good = lines.iter().all(|line| line.ok || !line.required);
+    Ok(if good { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+}
+
+fn print_json(value: &impl serde::Serialize) -> anyhow::Result<()> {
+    print(&(serde_json::to_string_pretty(value)? + "\n"))
+}
+
+/// A reader that has seen enough (`| head`) is no failure.
+fn print(text: &str) -> anyhow::Result<()> {
+    match std::io::stdout().write_all(text.as_bytes()) {
+        Err(error) if error.kind() == std::io::ErrorKind::BrokenPipe => Ok(()),
+        result => Ok(result?),
+    }
+}

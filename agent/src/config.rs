@@ -1,0 +1,285 @@
+//! The configuration file: what is meant ([`Config`]), read strictly from what was written (`raw`).
+
+mod raw;
+
+use raw::{RawCapture, RawConfig, RawService};
+use serde_saphyr::{Location, Spanned};
+use std::{
+    collections::BTreeMap,
+    fs, io,
+    path::{Path, PathBuf},
+};
+
+pub(crate) use raw::{Failure, Ports};
+
+/// Where the configuration is looked for when no other file is named.
+pub(crate) const DEFAULT_FILE: &str = "/etc/mesh-redirect/agent.yaml";
+
+/// Longest file that is read.
+const MAX_BYTES: u64 = 4 << 20;
+
+/// A validated configuration.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Config {
+    pub(crate) paths: Paths,
+    pub(crate) proxy: Proxy,
+    /// What holds for services that say nothing of their own.
+    pub(crate) defaults: Policy,
+    /// The services that the file names.
+    pub(crate) services: BTreeMap<String, Service>,
+}
+
+/// Where things are kept.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Paths {
+    /// Control socket and locks; empty at boot.
+    pub(crate) run: PathBuf,
+    /// The enabled set; survives a boot.
+    pub(crate) state: PathBuf,
+    /// Links, maps and programs; on a BPF file system.
+    pub(crate) pins: PathBuf,
+}
+
+/// The co-located proxy.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Proxy {
+    /// Where it listens on 127.0.0.1 and ::1.
+    pub(crate) port: u16,
+    pub(crate) scope: Scope,
+}
+
+/// What a service, or the proxy, is to the host.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) enum Scope {
+    /// A path below the cgroup2 mount, beginning with a slash.
+    Cgroup(String),
+    /// A systemd unit.
+    Unit(String),
+}
+
+/// A service that the file names.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Service {
+    /// Absent when the file gives only a policy; then the unit of the service's name.
+    pub(crate) scope: Option<Scope>,
+    pub(crate) policy: Policy,
+}
+
+/// What of a service's traffic is steered.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Policy {
+    pub(crate) failure: Failure,
+    pub(crate) include: Vec<Capture>,
+    pub(crate) exclude: Vec<Capture>,
+}
+
+/// A set of destinations.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Capture {
+    /// Absent: any address of either family.
+    pub(crate) cidr: Option<ipnet::IpNet>,
+    /// Empty: any port.
+    pub(crate) ports: Vec<Ports>,
+}
+
+impl Config {
+    /// Reads the named file, or the default one, which may be absent.
+    pub(crate) fn load(file: Option<&Path>) -> Result<Self, ConfigError> {
+        let path = file.unwrap_or(Path::new(DEFAULT_FILE));
+        match read(path) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound && file.is_none() => Self::parse(path, ""),
+            Err(error) => Err(ConfigError::Read { file: path.to_owned(), error }),
+            Ok(text) => Self::parse(path, &text),
+        }
+    }
+
+    /// Parses and validates; `file` is for messages only.
+    pub(crate) fn parse(file: &Path, text: &str) -> Result<Self, ConfigError> {
+        let options = serde_saphyr::options! { with_snippet: false, strict_booleans: true };
+        let at = |location: Location, message: String| ConfigError::Invalid {
+            file: file.to_owned(),
+            line: location.line(),
+            column: location.column(),
+            message,
+        };
+        let raw: RawConfig = serde_saphyr::from_str_with_options(text, options).map_err(|error| {
+            at(error.location().unwrap_or(Location::UNKNOWN), strip_location(&error.to_string()))
+        })?;
+        raw.validate().map_err(|Fault { location, message }| at(location, message))
+    }
+
+    /// The policy of a service, named by the file or not.
+    pub(crate) fn policy(&self, service: &str) -> &Policy {
+        self.services.get(service).map_or(&self.defaults, |service| &service.policy)
+    }
+}
+
+fn read(path: &Path) -> io::Result<String> {
+    use io::Read as _;
+    let mut text = String::new();
+    let file = fs::File::open(path)?;
+    if file.metadata()?.len() > MAX_BYTES {
+        return Err(io::Error::other(format!("the file is larger than {MAX_BYTES} bytes")));
+    }
+    file.take(MAX_BYTES).read_to_string(&mut text)?;
+    Ok(text)
+}
+
+/// The parser says where once more at the end of its message.
+fn strip_location(message: &str) -> String {
+    message.split(" at line ").next().unwrap_or(message).to_owned()
+}
+
+/// Why a configuration was refused.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum ConfigError {
+    /// The file cannot be read.
+    #[error("{file}: {error}", file = .file.display())]
+    Read {
+        /// Which.
+        file: PathBuf,
+        /// Why.
+        error: io::Error,
+    },
+    /// Its content is not what it has to be.
+    #[error("{file}:{line}:{column}: {message}", file = .file.display())]
+    Invalid {
+        /// Which.
+        file: PathBuf,
+        /// From 1.
+        line: u64,
+        /// From 1.
+        column: u64,
+        /// What is wrong, and what was expected.
+        message: String,
+    },
+}
+
+/// A fault that the types could not express.
+struct Fault {
+    location: Location,
+    message: String,
+}
+
+fn fault<T, R>(at: &Spanned<T>, message: impl Into<String>) -> Result<R, Fault> {
+    Err(Fault { location: at.referenced, message: message.into() })
+}
+
+impl RawConfig {
+    fn validate(self) -> Result<Config, Fault> {
+        let defaults = Policy {
+            failure: self.failure.unwrap_or(Failure::Open),
+            include: self.capture.include.unwrap_or_else(anything),
+            exclude: self.capture.exclude.unwrap_or_default(),
+        };
+        let paths = Paths {
+            run: absolute(self.paths.run, "/run/mesh-redirect")?,
+            state: absolute(self.paths.state, "/var/lib/mesh-redirect")?,
+            pins: pins(self.paths.pins)?,
+        };
+        let proxy = Proxy {
+            port: self.proxy.port.map_or(15001, raw::Port::get),
+            scope: scope(self.proxy.unit, self.proxy.cgroup)?
+                .unwrap_or_else(|| Scope::Unit("mesh-proxy.service".to_owned())),
+        };
+        let mut services = BTreeMap::new();
+        for (raw::Name(name), raw) in self.services {
+            services.insert(name, service(raw, &defaults)?);
+        }
+        Ok(Config { paths, proxy, defaults, services })
+    }
+}
+
+fn service(raw: RawService, defaults: &Policy) -> Result<Service, Fault> {
+    let RawCapture { include, exclude } = raw.capture;
+    let policy = Policy {
+        failure: raw.failure.unwrap_or(defaults.failure),
+        include: include.unwrap_or_else(|| defaults.include.clone()),
+        exclude: exclude.unwrap_or_else(|| defaults.exclude.clone()),
+    };
+    Ok(Service { scope: scope(raw.unit, raw.cgroup)?, policy })
+}
+
+/// Steered unless something says otherwise.
+fn anything() -> Vec<Capture> {
+    vec![Capture { cidr: None, ports: Vec::new() }]
+}
+
+fn scope(unit: Option<Spanned<String>>, cgroup: Option<Spanned<String>>) -> Result<Option<Scope>, Fault> {
+    match (unit, cgroup) {
+        (Some(unit), Some(_)) => fault(&unit, "both `unit` and `cgroup` are given; expected one of them"),
+        (Some(unit), None) => match check_unit(&unit.value) {
+            Ok(()) => Ok(Some(Scope::Unit(unit.value))),
+            Err(message) => fault(&unit, message),
+        },
+        (None, Some(cgroup)) => match check_cgroup(&cgroup.value) {
+            Ok(()) => Ok(Some(Scope::Cgroup(cgroup.value))),
+            Err(message) => fault(&cgroup, message),
+        },
+        (None, None) => Ok(None),
+    }
+}
+
+fn absolute(path: Option<Spanned<PathBuf>>, default: &str) -> Result<PathBuf, Fault> {
+    match path {
+        None => Ok(PathBuf::from(default)),
+        Some(path) if path.value.is_absolute() => Ok(path.value),
+        Some(path) => fault(
+            &path,
+            format!("`{}` is a relative path; expected one that begins with `/`", path.value.display()),
+        ),
+    }
+}
+
+/// Names with dots are reserved on a BPF file system.
+fn pins(path: Option<Spanned<PathBuf>>) -> Result<PathBuf, Fault> {
+    if let Some(path) = &path
+        && path.value.as_os_str().as_encoded_bytes().contains(&b'.')
+    {
+        return fault(path, "expected a path without dots: the BPF file system reserves such names");
+    }
+    absolute(path, "/sys/fs/bpf/mesh-redirect")
+}
+
+/// A service's name: what a systemd unit may be called, in at most 63 bytes.
+pub(crate) fn check_name(name: &str) -> Result<(), String> {
+    let allowed = |c: char| c.is_ascii_alphanumeric() || ":-_.@".contains(c);
+    let good = !name.is_empty()
+        && name.len() < agent_ebpf::NAME_LEN
+        && name.chars().all(allowed)
+        && !name.starts_with(['.', '-']);
+    if good {
+        return Ok(());
+    }
+    Err(format!(
+        "`{}` is not a service name; expected 1 to {} of the characters A-Z a-z 0-9 : - _ . @, the first neither . nor -",
+        name.escape_debug(),
+        agent_ebpf::NAME_LEN - 1
+    ))
+}
+
+fn check_unit(unit: &str) -> Result<(), String> {
+    let (stem, kind) = unit.rsplit_once('.').unwrap_or((unit, ""));
+    let allowed = |c: char| c.is_ascii_alphanumeric() || ":-_.@\\".contains(c);
+    if ["service", "scope", "slice"].contains(&kind) && !stem.is_empty() && stem.chars().all(allowed) {
+        return Ok(());
+    }
+    Err(format!(
+        "`{}` is not a unit with a cgroup; expected NAME.service, NAME.slice or NAME.scope",
+        unit.escape_debug()
+    ))
+}
+
+fn check_cgroup(path: &str) -> Result<(), String> {
+    let mut parts = path.strip_prefix('/').unwrap_or_default().split('/');
+    if parts.all(|part| !part.is_empty() && part != "." && part != "..") {
+        return Ok(());
+    }
+    Err(format!(
+        "`{}` is not a cgroup; expected a path below the cgroup2 mount, as /system.slice/payments.service (and not its root)",
+        path.escape_debug()
+    ))
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,215 @@
+//! The configuration as it is written. Nothing past [`super::Config`] sees these types.
+
+use super::Capture;
+use ipnet::IpNet;
+use serde::{
+    Deserialize, Deserializer,
+    de::{self, MapAccess, Visitor},
+};
+use serde_saphyr::Spanned;
+use std::{collections::BTreeMap, fmt, num::NonZeroU16, path::PathBuf};
+
+#[derive(Debug, Default, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub(super) struct RawConfig {
+    pub(super) paths: RawPaths,
+    pub(super) proxy: RawProxy,
+    pub(super) failure: Option<Failure>,
+    pub(super) capture: RawCapture,
+    pub(super) services: BTreeMap<Name, RawService>,
+}
+
+#[derive(Debug, Default, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub(super) struct RawPaths {
+    pub(super) run: Option<Spanned<PathBuf>>,
+    pub(super) state: Option<Spanned<PathBuf>>,
+    pub(super) pins: Option<Spanned<PathBuf>>,
+}
+
+#[derive(Debug, Default, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub(super) struct RawProxy {
+    pub(super) port: Option<Port>,
+    pub(super) unit: Option<Spanned<String>>,
+    pub(super) cgroup: Option<Spanned<String>>,
+}
+
+#[derive(Debug, Default, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub(super) struct RawService {
+    pub(super) unit: Option<Spanned<String>>,
+    pub(super) cgroup: Option<Spanned<String>>,
+    pub(super) failure: Option<Failure>,
+    pub(super) capture: RawCapture,
+}
+
+#[derive(Debug, Default, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub(super) struct RawCapture {
+    pub(super) include: Option<Vec<Capture>>,
+    pub(super) exclude: Option<Vec<Capture>>,
+}
+
+/// A service's name.
+#[derive(Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub(super) struct Name(pub(super) String);
+
+impl<'de> Deserialize<'de> for Name {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        let name = String::deserialize(deserializer)?;
+        super::check_name(&name).map_err(de::Error::custom)?;
+        Ok(Self(name))
+    }
+}
+
+/// What becomes of steered connections while no proxy listens.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub(crate) enum Failure {
+    /// They go where they were going.
+    Open,
+    /// They are refused.
+    Closed,
+}
+
+impl fmt::Display for Failure {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Open => "open",
+            Self::Closed => "closed",
+        })
+    }
+}
+
+/// An inclusive range of ports, 1 to 65535.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Ports {
+    pub(crate) first: u16,
+    pub(crate) last: u16,
+}
+
+/// A port to listen on.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Port(NonZeroU16);
+
+impl Port {
+    pub(super) fn get(self) -> u16 {
+        self.0.get()
+    }
+}
+
+impl<'de> Deserialize<'de> for Port {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        let Ports { first, last } = Ports::deserialize(deserializer)?;
+        match NonZeroU16::new(first) {
+            Some(port) if first == last => Ok(Self(port)),
+            _ => Err(de::Error::custom("a range of ports where one is expected")),
+        }
+    }
+}
+
+impl<'de> Deserialize<'de> for Ports {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        struct PortsVisitor;
+
+        impl Visitor<'_> for PortsVisitor {
+            type Value = Ports;
+
+            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                f.write_str("a port (1 to 65535) or a range of ports (8000-8999)")
+            }
+
+            fn visit_u64<E: de::Error>(self, port: u64) -> Result<Ports, E> {
+                self.visit_str(&port.to_string())
+            }
+
+            fn visit_i64<E: de::Error>(self, port: i64) -> Result<Ports, E> {
+                self.visit_str(&port.to_string())
+            }
+
+            fn visit_str<E: de::Error>(self, text: &str) -> Result<Ports, E> {
+                let (first, last) = text.split_once('-').unwrap_or((text, text));
+                let port = |text: &str| text.trim().parse::<u16>().ok().filter(|&port| port != 0);
+                match (port(first), port(last)) {
+                    (Some(first), Some(last)) if first <= last => Ok(Ports { first, last }),
+                    (Some(_), Some(_)) => Err(E::custom(format!(
+                        "`{text}` ends before it begins; expected a range as 8000-8999"
+                    ))),
+                    _ => Err(E::custom(format!(
+                        "`{}` is not a port; expected 1 to 65535, or a range as 8000-8999",
+                        text.escape_debug()
+                    ))),
+                }
+            }
+        }
+
+        deserializer.deserialize_any(PortsVisitor)
+    }
+}
+
+/// A CIDR whose host bits are zero.
+struct Cidr(IpNet);
+
+impl Cidr {
+    fn parse<E: de::Error>(text: &str) -> Result<Self, E> {
+        let net: IpNet = text.parse().or_else(|_| text.parse().map(single)).map_err(|_| {
+            E::custom(format!(
+                "`{}` is not a CIDR; expected an address block as 10.0.0.0/8 or fd00::/8",
+                text.escape_debug()
+            ))
+        })?;
+        if net.addr() == net.network() {
+            Ok(Self(net))
+        } else {
+            Err(E::custom(format!("`{text}` has host bits set; expected {}", net.trunc())))
+        }
+    }
+}
+
+/// An address alone is the block of that one address.
+fn single(address: std::net::IpAddr) -> IpNet {
+    IpNet::from(address)
+}
+
+impl<'de> Deserialize<'de> for Cidr {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        Self::parse(&String::deserialize(deserializer)?)
+    }
+}
+
+impl<'de> Deserialize<'de> for Capture {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        #[derive(Deserialize)]
+        #[serde(deny_unknown_fields)]
+        struct Fields {
+            cidr: Option<Cidr>,
+            #[serde(default)]
+            ports: Vec<Ports>,
+        }
+
+        struct CaptureVisitor;
+
+        impl<'de> Visitor<'de> for CaptureVisitor {
+            type Value = Capture;
+
+            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                f.write_str("a CIDR, or a mapping with `cidr`, `ports` or both")
+            }
+
+            fn visit_str<E: de::Error>(self, text: &str) -> Result<Capture, E> {
+                Ok(Capture { cidr: Some(Cidr::parse(text)?.0), ports: Vec::new() })
+            }
+
+            fn visit_map<A: MapAccess<'de>>(self, map: A) -> Result<Capture, A::Error> {
+                let Fields { cidr, ports } = Fields::deserialize(de::value::MapAccessDeserializer::new(map))?;
+                if cidr.is_none() && ports.is_empty() {
+                    return Err(de::Error::custom("expected `cidr`, `ports` or both"));
+                }
+                Ok(Capture { cidr: cidr.map(|cidr| cidr.0), ports })
+            }
+        }
+
+        deserializer.deserialize_any(CaptureVisitor)
+    }
+}

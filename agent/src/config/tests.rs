@@ -1,0 +1,91 @@
+use super::*;
+
+fn parse(text: &str) -> Result<Config, String> {
+    Config::parse(Path::new("agent.yaml"), text).map_err(|error| error.to_string())
+}
+
+fn refused(text: &str) -> String {
+    parse(text).expect_err("must be refused")
+}
+
+#[test]
+fn nothing_written_means_the_defaults() {
+    let config = parse("").unwrap();
+    assert_eq!(config.proxy, Proxy { port: 15001, scope: Scope::Unit("mesh-proxy.service".into()) });
+    assert_eq!(config.defaults, Policy { failure: Failure::Open, include: anything(), exclude: vec![] });
+    assert_eq!(config.paths.pins, Path::new("/sys/fs/bpf/mesh-redirect"));
+}
+
+#[test]
+fn a_service_inherits_what_it_does_not_say() {
+    let config = parse(
+        "failure: closed\ncapture:\n  exclude: [10.9.0.0/16]\nservices:\n  a: { cgroup: /a }\n  b: { failure: open, capture: { exclude: [] } }\n",
+    )
+    .unwrap();
+    assert_eq!(config.policy("a").failure, Failure::Closed);
+    assert_eq!(config.policy("a").exclude.len(), 1);
+    assert_eq!(config.policy("b").failure, Failure::Open);
+    assert!(config.policy("b").exclude.is_empty());
+    assert_eq!(config.policy("named nowhere"), &config.defaults);
+    assert_eq!(config.services["a"].scope, Some(Scope::Cgroup("/a".into())));
+}
+
+#[test]
+fn captures_are_blocks_ports_or_both() {
+    let config = parse("capture:\n  include:\n    - fd00::/8\n    - 10.1.2.3\n    - { cidr: 10.0.0.0/8, ports: [80, 8000-8999] }\n    - ports: [5432]\n").unwrap();
+    let cidr = |text: &str| Some(text.parse().unwrap());
+    let expected = vec![
+        Capture { cidr: cidr("fd00::/8"), ports: vec![] },
+        Capture { cidr: cidr("10.1.2.3/32"), ports: vec![] },
+        Capture {
+            cidr: cidr("10.0.0.0/8"),
+            ports: vec![Ports { first: 80, last: 80 }, Ports { first: 8000, last: 8999 }],
+        },
+        Capture { cidr: None, ports: vec![Ports { first: 5432, last: 5432 }] },
+    ];
+    assert_eq!(config.defaults.include, expected);
+}
+
+/// What is written, where the message points, and what it has to say.
+#[test]
+fn every_fault_is_named_with_its_place_and_what_was_expected() {
+    let cases = [
+        ("colour: red\n", "1:1", "unknown field `colour`"),
+        ("failure: ajar\n", "1:10", "expected one of open, closed"),
+        ("capture:\n  include:\n    - 10.0.0.0/33\n", "3:7", "`10.0.0.0/33` is not a CIDR; expected"),
+        ("capture:\n  include: [10.0.0.1/8]\n", "2:13", "has host bits set; expected 10.0.0.0/8"),
+        (
+            "capture:\n  exclude:\n    - ports: [70000]\n",
+            "3:15",
+            "`70000` is not a port; expected 1 to 65535",
+        ),
+        ("capture:\n  exclude:\n    - ports: [0]\n", "3:15", "`0` is not a port"),
+        ("capture:\n  exclude:\n    - ports: [90-80]\n", "3:15", "ends before it begins"),
+        ("capture:\n  exclude:\n    - port: 80\n", "3:7", "unknown field `port`"),
+        ("services:\n  a: { cgroup: /a }\n  a: { cgroup: /b }\n", "3:3", "duplicate"),
+        ("services:\n  a: { cgroup: /a, unit: a.service }\n", "2:26", "expected one of them"),
+        ("services:\n  a: { cgroup: a }\n", "2:16", "expected a path below the cgroup2 mount"),
+        ("services:\n  a: { cgroup: / }\n", "2:16", "not its root"),
+        ("services:\n  a: { cgroup: /x/../y }\n", "2:16", "is not a cgroup"),
+        ("services:\n  a: { unit: payments }\n", "2:14", "expected NAME.service"),
+        ("services:\n  a b: { cgroup: /a }\n", "2:3", "is not a service name"),
+        ("proxy: { port: http }\n", "1:16", "`http` is not a port"),
+        ("proxy: { port: 1-2 }\n", "1:16", "where one is expected"),
+        ("paths: { run: here }\n", "1:15", "relative path"),
+        ("paths: { pins: /sys/fs/bpf/a.b }\n", "1:16", "without dots"),
+        ("services: [a]\n", "1:11", "expected"),
+        ("proxy:\n\tport: 1\n", "2:2", "tab"),
+    ];
+    let wrong: Vec<_> = cases
+        .into_iter()
+        .map(|(text, place, says)| (text, format!("agent.yaml:{place}: "), says, refused(text)))
+        .filter(|(_, place, says, message)| !message.starts_with(place) || !message.contains(says))
+        .collect();
+    assert!(wrong.is_empty(), "{wrong:#?}");
+}
+
+#[test]
+fn a_named_file_that_is_absent_is_an_error() {
+    let error = Config::load(Some(Path::new("/nonexistent/agent.yaml"))).unwrap_err().to_string();
+    assert!(error.starts_with("/nonexistent/agent.yaml: "), "{error}");
+}

@@ -1,0 +1,273 @@
+//! The daemon's mind: what it is told, what it keeps, what it makes the kernel do. One thread, no sharing.
+
+use crate::{
+    api,
+    config::{Config, Failure, Scope},
+    lock, plan,
+    redirect::{Desired, ebpf::Ebpf},
+    state::{State, StateFile},
+    workload::{Unknown, Workloads, systemd},
+};
+use std::{
+    collections::BTreeSet,
+    fs, io,
+    path::{Path, PathBuf},
+    sync::mpsc::{Receiver, RecvTimeoutError},
+    time::Duration,
+};
+use tokio::sync::oneshot;
+
+/// How often the host is compared with what is wanted.
+const TICK: Duration = Duration::from_secs(1);
+/// Cgroups of commands are made below this one.
+const COMMANDS: &str = "/mesh-redirect";
+
+/// What the daemon can be told, and where its answer goes.
+#[derive(Debug)]
+pub(crate) enum Request {
+    Status(Reply<api::Status>),
+    Enable(String, Reply<api::Changed>),
+    Disable(String, Reply<api::Changed>),
+    /// Steer a process as a service, in a cgroup of its own.
+    Join(String, i32, Reply<api::Joined>),
+    Stop,
+}
+
+/// Where an answer goes.
+pub(crate) type Reply<T> = oneshot::Sender<Result<T, Error>>;
+
+/// Why the daemon could not do as it was told. Nothing was changed then.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum Error {
+    #[error(transparent)]
+    Unknown(#[from] Unknown),
+    #[error("{0}")]
+    BadName(String),
+    #[error(transparent)]
+    Plan(#[from] plan::PlanError),
+    #[error(transparent)]
+    Redirect(#[from] crate::redirect::ebpf::Error),
+    #[error(transparent)]
+    State(#[from] crate::state::StateError),
+    #[error(transparent)]
+    Lock(#[from] lock::LockError),
+    #[error("{action} {path}: {cause}", path = .path.display())]
+    Io { action: &'static str, path: PathBuf, cause: io::Error },
+}
+
+/// See the module.
+#[derive(Debug)]
+pub(crate) struct Daemon {
+    config: Config,
+    /// Where the configuration was read, when it is not the default file: drop-ins repeat it.
+    config_file: Option<PathBuf>,
+    state: State,
+    file: StateFile,
+    workloads: Workloads,
+    redirect: Ebpf,
+    commands: u64,
+}
+
+impl Daemon {
+    /// Takes over what is enabled, and what the kernel holds of it.
+    pub(crate) fn start(
+        config: Config,
+        config_file: Option<PathBuf>,
+        workloads: Workloads,
+    ) -> Result<Self, Error> {
+        let file = StateFile::new(&config.paths.state);
+        let mut daemon = Self {
+            state: file.load()?,
+            redirect: Ebpf::new(config.paths.pins.clone()),
+            config,
+            config_file,
+            file,
+            workloads,
+            commands: 0,
+        };
+        daemon.reconcile()?;
+        Ok(daemon)
+    }
+
+    /// Does as it is told until it is told to stop, and compares the host with what is wanted in between.
+    pub(crate) fn run(mut self, requests: &Receiver<Request>) {
+        let mut healthy = true;
+        loop {
+            match requests.recv_timeout(TICK) {
+                Ok(Request::Status(reply)) => answer(reply, self.status()),
+                Ok(Request::Enable(name, reply)) => answer(reply, self.enable(&name)),
+                Ok(Request::Disable(name, reply)) => answer(reply, self.disable(&name)),
+                Ok(Request::Join(name, pid, reply)) => answer(reply, self.join(&name, pid)),
+                Ok(Request::Stop) | Err(RecvTimeoutError::Disconnected) => return,
+                Err(RecvTimeoutError::Timeout) => {
+                    let result = self.reconcile();
+                    if let (Err(error), true) = (&result, healthy) {
+                        tracing::error!("{error}; tried again every second");
+                    }
+                    healthy = result.is_ok();
+                }
+            }
+        }
+    }
+
+    /// Brings kernel and host in line with what is wanted.
+    fn reconcile(&mut self) -> Result<(), Error> {
+        let ended = self.ended_commands();
+        if !ended.is_empty() {
+            let mut next = self.state.clone();
+            next.remove_commands(&ended);
+            self.commit(next)?;
+            for path in ended {
+                let _already_gone = fs::remove_dir(self.workloads.dir(&path));
+            }
+            let _still_used = fs::remove_dir(self.workloads.dir(COMMANDS));
+        }
+        self.apply(&self.state.clone())
+    }
+
+    fn enable(&mut self, name: &str) -> Result<api::Changed, Error> {
+        crate::config::check_name(name).map_err(Error::BadName)?;
+        let scope = self.workloads.resolve(&self.config, name)?;
+        let changed = !self.state.is_enabled(name);
+        let mut next = self.state.clone();
+        next.enable(name);
+        self.commit(next)?;
+        if let Scope::Unit(unit) = &scope {
+            let required = self.config.policy(name).failure == Failure::Closed;
+            systemd::write_drop_in(unit, name, self.config_file.as_deref(), required)
+                .map_err(|cause| Error::Io { action: "write the drop-in of", path: unit.into(), cause })?;
+        }
+        let mut notes = self.proxy_notes();
+        if self.workloads.cgroup(&scope).is_none() {
+            notes.push("it does not run now; it will be steered from its first connection".to_owned());
+        }
+        Ok(api::Changed { service: name.to_owned(), changed, notes })
+    }
+
+    fn disable(&mut self, name: &str) -> Result<api::Changed, Error> {
+        crate::config::check_name(name).map_err(Error::BadName)?;
+        let changed = self.state.is_enabled(name);
+        let mut next = self.state.clone();
+        next.disable(name);
+        self.commit(next)?;
+        if let Scope::Unit(unit) = Workloads::scope(&self.config, name) {
+            systemd::remove_drop_in(&unit).map_err(|cause| Error::Io {
+                action: "remove the drop-in of",
+                path: unit.into(),
+                cause,
+            })?;
+        }
+        Ok(api::Changed { service: name.to_owned(), changed, notes: Vec::new() })
+    }
+
+    fn join(&mut self, name: &str, pid: i32) -> Result<api::Joined, Error> {
+        crate::config::check_name(name).map_err(Error::BadName)?;
+        self.commands += 1;
+        let cgroup = format!("{COMMANDS}/{name}-{pid}-{}", self.commands);
+        let dir = self.workloads.dir(&cgroup);
+        let io = |action| {
+            let path = dir.clone();
+            move |cause| Error::Io { action, path, cause }
+        };
+        fs::create_dir_all(&dir).map_err(io("create cgroup"))?;
+        let mut next = self.state.clone();
+        next.add_command(name, cgroup.clone());
+        let joined = self.commit(next).and_then(|()| {
+            fs::write(dir.join("cgroup.procs"), pid.to_string()).map_err(io("move the command into cgroup"))
+        });
+        if let Err(error) = joined {
+            self.reconcile()?;
+            return Err(error);
+        }
+        Ok(api::Joined { cgroup, notes: self.proxy_notes() })
+    }
+
+    fn status(&mut self) -> Result<api::Status, Error> {
+        let desired = plan::everything(&self.config, &self.state, &mut self.workloads)?;
+        let kernel = self.redirect.status()?;
+        let path = |dir: &Path| match dir.strip_prefix(self.workloads.cgroup_root()) {
+            Ok(below) => format!("/{}", below.display()),
+            Err(_) => dir.display().to_string(),
+        };
+        let proxy = api::Proxy {
+            port: self.config.proxy.port,
+            cgroup: desired.proxy.as_ref().map(|cgroup| path(&cgroup.dir)),
+            attached: desired.proxy.as_ref().is_some_and(|cgroup| kernel.proxies.contains(&cgroup.id)),
+        };
+        let services = desired.services.iter().zip(self.state.iter()).map(|(service, (name, entry))| {
+            let known = kernel.services.iter().find(|known| known.id == service.id);
+            let scope = |cgroup: &crate::redirect::Cgroup| api::Scope {
+                cgroup: path(&cgroup.dir),
+                attached: known.is_some_and(|known| known.cgroups.contains(&cgroup.id)),
+            };
+            api::Service {
+                name: name.to_owned(),
+                enabled: entry.enabled,
+                since: entry.since,
+                failure: service.failure.to_string(),
+                scopes: service.scopes.iter().map(scope).collect(),
+                counters: known.map(|known| known.counters.into()).unwrap_or_default(),
+            }
+        });
+        Ok(api::Status { version: api::STATUS_VERSION, proxy, services: services.collect() })
+    }
+
+    /// Makes another state the one that holds: on disk first, so that a crash leaves more wanted than done, never
+    /// the reverse; back again where the kernel refuses.
+    fn commit(&mut self, next: State) -> Result<(), Error> {
+        self.file.save(&next)?;
+        if let Err(error) = self.apply(&next) {
+            self.file.save(&self.state)?;
+            if let Err(second) = self.apply(&self.state.clone()) {
+                tracing::error!("going back after a failure failed too: {second}");
+            }
+            return Err(error);
+        }
+        self.state = next;
+        Ok(())
+    }
+
+    fn apply(&mut self, state: &State) -> Result<(), Error> {
+        let desired: Desired = plan::everything(&self.config, state, &mut self.workloads)?;
+        let _held = lock::kernel(&self.config.paths.run)?;
+        Ok(self.redirect.apply(&desired)?)
+    }
+
+    /// Cgroups of commands in which no process is left.
+    fn ended_commands(&self) -> BTreeSet<String> {
+        let commands = self.state.iter().flat_map(|(_, entry)| entry.commands.iter());
+        commands.filter(|path| !is_populated(&self.workloads.dir(path))).cloned().collect()
+    }
+
+    fn proxy_notes(&mut self) -> Vec<String> {
+        let Config { proxy, .. } = &self.config;
+        let absent = self.workloads.cgroup(&proxy.scope).is_none();
+        let what = match &proxy.scope {
+            Scope::Cgroup(path) => format!("its cgroup {path} does not exist"),
+            Scope::Unit(unit) => format!("{unit} does not run"),
+        };
+        absent
+            .then(|| format!("no proxy is there ({what}): nothing is steered until it is"))
+            .into_iter()
+            .collect()
+    }
+}
+
+fn answer<T>(reply: Reply<T>, result: Result<T, Error>) {
+    if let Err(error) = &result {
+        tracing::warn!("{error}");
+    }
+    let _the_caller_may_be_gone = reply.send(result);
+}
+
+fn is_populated(dir: &Path) -> bool {
+    fs::read_to_string(dir.join("cgroup.events"))
+        .is_ok_and(|events| events.lines().any(|line| line == "populated 1"))
+}
+
+impl From<agent_ebpf::Counters> for api::Counters {
+    fn from(counters: agent_ebpf::Counters) -> Self {
+        let agent_ebpf::Counters { steered, passed_by_rule, passed_proxy_absent, refused, errors } = counters;
+        Self { steered, passed_by_rule, passed_proxy_absent, refused, errors }
+    }
+}

@@ -1,0 +1,146 @@
+//! Results for people: aligned, coloured on a terminal.
+
+use crate::{api, check::Line};
+use std::{
+    fmt::Write as _,
+    io::IsTerminal as _,
+    time::{Duration, UNIX_EPOCH},
+};
+
+const BOLD: &str = "1";
+const GREEN: &str = "32";
+const RED: &str = "31";
+
+/// The table of `status`.
+pub(crate) fn status(status: &api::Status) -> String {
+    let mut text = String::new();
+    let proxy = &status.proxy;
+    let place = match (&proxy.cgroup, proxy.attached) {
+        (Some(cgroup), true) => cgroup.clone(),
+        (Some(cgroup), false) => format!("{cgroup}, not attached: nothing is steered yet"),
+        (None, _) => "not running: nothing is steered".to_owned(),
+    };
+    let _infallible = writeln!(text, "proxy on port {} in {place}", proxy.port);
+    if status.services.is_empty() {
+        text.push_str("no service is enabled\n");
+        return text;
+    }
+    let head =
+        ["SERVICE", "SCOPE", "FAILURE", "STEERED", "BY RULE", "NO PROXY", "REFUSED", "ERRORS", "SINCE"];
+    let mut rows = vec![head.map(str::to_owned)];
+    rows.extend(status.services.iter().flat_map(service_rows));
+    text + &table(&rows)
+}
+
+fn service_rows(service: &api::Service) -> Vec<[String; 9]> {
+    let scope = |scope: &api::Scope| {
+        if scope.attached { scope.cgroup.clone() } else { format!("{} (not attached)", scope.cgroup) }
+    };
+    let mut scopes: Vec<String> = service.scopes.iter().map(scope).collect();
+    if scopes.is_empty() {
+        scopes.push("(not running)".to_owned());
+    }
+    let api::Counters { steered, passed_by_rule, passed_proxy_absent, refused, errors } = service.counters;
+    let counters =
+        [steered, passed_by_rule, passed_proxy_absent, refused, errors].map(|count| count.to_string());
+    let mut rows = Vec::new();
+    for (index, scope) in scopes.into_iter().enumerate() {
+        if index > 0 {
+            rows.push([
+                "".into(),
+                scope,
+                "".into(),
+                "".into(),
+                "".into(),
+                "".into(),
+                "".into(),
+                "".into(),
+                "".into(),
+            ]);
+            continue;
+        }
+        let [steered, by_rule, absent, refused, errors] = counters.clone();
+        let (name, failure) = (service.name.clone(), service.failure.clone());
+        rows.push([name, scope, failure, steered, by_rule, absent, refused, errors, utc(service.since)]);
+    }
+    rows
+}
+
+fn table<const N: usize>(rows: &[[String; N]]) -> String {
+    let width = |column: usize| rows.iter().map(|row| row[column].chars().count()).max().unwrap_or(0);
+    let widths: Vec<usize> = (0..N).map(width).collect();
+    let mut text = String::new();
+    for (index, row) in rows.iter().enumerate() {
+        let cells: Vec<String> =
+            row.iter().zip(&widths).map(|(cell, width)| format!("{cell:width$}")).collect();
+        let line = cells.join("  ").trim_end().to_owned();
+        text.push_str(&if index == 0 { paint(BOLD, &line) } else { line });
+        text.push('\n');
+    }
+    text
+}
+
+/// The outcome of `enable` and `disable`.
+pub(crate) fn changed(verb: &str, changed: &api::Changed) -> String {
+    let already = if changed.changed { "" } else { "already " };
+    let mut text = format!("{} is {already}{verb}\n", changed.service);
+    for note in &changed.notes {
+        let _infallible = writeln!(text, "note: {note}");
+    }
+    text
+}
+
+/// The lines of `check`.
+pub(crate) fn check(lines: &[Line]) -> String {
+    let width = lines.iter().map(|line| line.subject.len()).max().unwrap_or(0);
+    let mut text = String::new();
+    for Line { subject, ok, required, finding, remedy } in lines {
+        let mark = match (ok, required) {
+            (true, _) => paint(GREEN, "ok  "),
+            (false, true) => paint(RED, "FAIL"),
+            (false, false) => "note".to_owned(),
+        };
+        let remedy = remedy.as_ref().filter(|_| !ok).map(|remedy| format!("; {remedy}")).unwrap_or_default();
+        let _infallible = writeln!(text, "{mark} {subject:width$}  {finding}{remedy}");
+    }
+    text
+}
+
+fn paint(code: &str, text: &str) -> String {
+    let colour = std::io::stdout().is_terminal() && std::env::var_os("NO_COLOR").is_none();
+    if colour { format!("\x1b[{code}m{text}\x1b[0m") } else { text.to_owned() }
+}
+
+/// Seconds of the Unix epoch as RFC 3339 in UTC.
+fn utc(seconds: u64) -> String {
+    humantime::format_rfc3339_seconds(UNIX_EPOCH + Duration::from_secs(seconds)).to_string()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_service_with_no_process_and_one_with_two_scopes_are_both_readable() {
+        let service = |name: &str, scopes: &[(&str, bool)]| api::Service {
+            name: name.into(),
+            enabled: true,
+            since: 0,
+            failure: "open".into(),
+            scopes: scopes
+                .iter()
+                .map(|&(cgroup, attached)| api::Scope { cgroup: cgroup.into(), attached })
+                .collect(),
+            counters: api::Counters { steered: 12, ..api::Counters::default() },
+        };
+        let shown = status(&api::Status {
+            version: 1,
+            proxy: api::Proxy { port: 15001, cgroup: None, attached: false },
+            services: vec![service("idle", &[]), service("shop", &[("/a", true), ("/b", false)])],
+        });
+        assert!(shown.starts_with("proxy on port 15001 in not running: nothing is steered\n"), "{shown}");
+        assert!(shown.contains("idle     (not running)"), "{shown}");
+        assert!(shown.contains("shop     /a"), "{shown}");
+        assert!(shown.contains("         /b (not attached)\n"), "{shown}");
+    }
+}

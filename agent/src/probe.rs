@@ -1,0 +1,96 @@
+//! Plain facts about this host.
+
+use std::{
+    fs, io,
+    os::unix::fs::MetadataExt as _,
+    path::{Path, PathBuf},
+};
+
+/// A host on which nothing can be steered.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum ProbeError {
+    /// The list of mounts cannot be read.
+    #[error("read /proc/self/mountinfo: {0}")]
+    Mounts(io::Error),
+    /// Nothing is mounted.
+    #[error(
+        "no cgroup2 file system is mounted; `mount -t cgroup2 cgroup2 /sys/fs/cgroup/unified` (or /sys/fs/cgroup) makes one"
+    )]
+    NoCgroup2,
+}
+
+/// Where the cgroup2 hierarchy is mounted.
+pub(crate) fn cgroup2_mount() -> Result<PathBuf, ProbeError> {
+    let mounts = fs::read_to_string("/proc/self/mountinfo").map_err(ProbeError::Mounts)?;
+    let candidates = mounts_of(&mounts, "cgroup2");
+    // Some hosts mount a part of the hierarchy too; the root of the whole has inode 1.
+    let whole = candidates.iter().find(|dir| fs::metadata(dir).is_ok_and(|metadata| metadata.ino() == 1));
+    whole.or(candidates.first()).cloned().ok_or(ProbeError::NoCgroup2)
+}
+
+/// Whether a path, or the nearest directory above it that exists, is on a BPF file system.
+pub(crate) fn is_on_bpffs(path: &Path) -> bool {
+    let existing = path.ancestors().find(|dir| dir.exists()).unwrap_or(Path::new("/"));
+    nix::sys::statfs::statfs(existing).is_ok_and(|fs| fs.filesystem_type() == nix::sys::statfs::BPF_FS_MAGIC)
+}
+
+/// The kernel's version, as it prints it and as numbers.
+pub(crate) fn kernel() -> io::Result<(String, (u32, u32))> {
+    let release = nix::sys::utsname::uname()?.release().to_string_lossy().into_owned();
+    let mut numbers = release.split(|c: char| !c.is_ascii_digit()).map_while(|part| part.parse().ok());
+    let version = (numbers.next().unwrap_or(0), numbers.next().unwrap_or(0));
+    Ok((release, version))
+}
+
+/// Names of the capabilities among those that are needed and this process does not have.
+pub(crate) fn missing_capabilities() -> io::Result<Vec<&'static str>> {
+    let status = fs::read_to_string("/proc/self/status")?;
+    let effective = status.lines().find_map(|line| line.strip_prefix("CapEff:"));
+    let effective = effective.and_then(|hex| u64::from_str_radix(hex.trim(), 16).ok()).unwrap_or(0);
+    Ok(missing(effective))
+}
+
+fn missing(effective: u64) -> Vec<&'static str> {
+    const SYS_ADMIN: u32 = 21;
+    // linux/capability.h; CAP_BPF came out of CAP_SYS_ADMIN in 5.8, which still includes it.
+    let needed = [("CAP_NET_ADMIN", 12), ("CAP_BPF", 39)];
+    let has = |bit: u32| effective & (1 << bit) != 0 || effective & (1 << SYS_ADMIN) != 0;
+    needed.into_iter().filter(|&(_, bit)| !has(bit)).map(|(name, _)| name).collect()
+}
+
+/// Mount points of a file system's type (proc_pid_mountinfo(5)).
+fn mounts_of(mountinfo: &str, kind: &str) -> Vec<PathBuf> {
+    let mount = |line: &str| {
+        let (mount, filesystem) = line.split_once(" - ")?;
+        let point = mount.split(' ').nth(4)?;
+        (filesystem.split(' ').next()? == kind).then(|| PathBuf::from(unescaped(point)))
+    };
+    mountinfo.lines().filter_map(mount).collect()
+}
+
+/// Blanks, tabs, newlines and backslashes of a mount point are written in octal.
+fn unescaped(text: &str) -> String {
+    text.replace("\\040", " ").replace("\\011", "\t").replace("\\012", "\n").replace("\\134", "\\")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn mounts_are_found_by_type_whatever_optional_fields_they_have() {
+        let text = "30 24 0:26 / /sys/fs/cgroup rw,nosuid shared:9 - tmpfs tmpfs ro\n\
+                    31 30 0:27 / /sys/fs/cgroup/unified rw shared:10 master:1 - cgroup2 cgroup2 rw,nsdelegate\n\
+                    32 30 0:28 / /mnt/a\\040b rw - cgroup2 none rw\n\
+                    broken line\n";
+        assert_eq!(mounts_of(text, "cgroup2"), [Path::new("/sys/fs/cgroup/unified"), Path::new("/mnt/a b")]);
+    }
+
+    #[test]
+    fn sys_admin_stands_for_both_capabilities() {
+        assert_eq!(missing(0), ["CAP_NET_ADMIN", "CAP_BPF"]);
+        assert_eq!(missing(1 << 12), ["CAP_BPF"]);
+        assert!(missing(1 << 21).is_empty());
+        assert!(missing(1 << 12 | 1 << 39).is_empty());
+    }
+}

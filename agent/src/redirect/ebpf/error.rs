@@ -1,0 +1,107 @@
+//! What can go wrong between the agent and the kernel, each with what was being done and to what.
+
+use super::Cgroup;
+use std::{io, path::PathBuf};
+
+/// See the module.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum Error {
+    /// The object cannot be loaded.
+    #[error("load the eBPF programs: {0}{hint}", hint = load_hint(.0))]
+    Load(Box<aya::EbpfError>),
+    /// The verifier refused a program, or the kernel does not know its type.
+    #[error("load the eBPF program {name}: {cause}")]
+    Program {
+        /// Which.
+        name: &'static str,
+        /// Why.
+        cause: Box<aya::programs::ProgramError>,
+    },
+    /// A map cannot be opened, read or written.
+    #[error("{action} map {name}: {cause}")]
+    Map {
+        /// "open", "read", "write".
+        action: &'static str,
+        /// Which.
+        name: &'static str,
+        /// Why.
+        cause: Box<aya::maps::MapError>,
+    },
+    /// A map has no room.
+    #[error(
+        "write map {name}: it is full, at its limit of {limit} entries; disable services or write fewer and wider rules"
+    )]
+    Full {
+        /// Which.
+        name: &'static str,
+        /// How many entries it holds.
+        limit: u32,
+    },
+    /// A program cannot be attached.
+    #[error("attach {program} to {cgroup}: {cause}{hint}", hint = attach_hint(.cause))]
+    Attach {
+        /// Which.
+        program: &'static str,
+        /// To what.
+        cgroup: Cgroup,
+        /// Why.
+        cause: io::Error,
+    },
+    /// A cgroup vanished before everything was attached to it.
+    #[error("attach {program} to {cgroup}: the cgroup is gone")]
+    Gone {
+        /// Which.
+        program: &'static str,
+        /// To what.
+        cgroup: Cgroup,
+    },
+    /// A pin cannot be made, opened or removed.
+    #[error("{action} {path}: {cause}{hint}", path = .path.display(), hint = pin_hint(.cause))]
+    Pin {
+        /// "create", "open", "remove", "list".
+        action: &'static str,
+        /// Which.
+        path: PathBuf,
+        /// Why.
+        cause: io::Error,
+    },
+    /// Pins of another ABI version are there.
+    #[error(
+        "{path} holds pins of ABI version {found}, and this binary speaks version {ours}; run `mesh-redirect cleanup` of either version first",
+        path = .path.display(), ours = agent_ebpf::ABI_VERSION
+    )]
+    OtherVersion {
+        /// Where.
+        path: PathBuf,
+        /// Their directory's name.
+        found: String,
+    },
+}
+
+fn load_hint(error: &aya::EbpfError) -> &'static str {
+    let text = error.to_string();
+    if text.contains("pin") {
+        "; is the pin directory on a BPF file system? `mount -t bpf bpf /sys/fs/bpf`"
+    } else {
+        ""
+    }
+}
+
+fn attach_hint(error: &io::Error) -> &'static str {
+    match error.raw_os_error() {
+        Some(libc::EPERM) => {
+            "; another program may hold this hook for itself (`bpftool cgroup show` names it), or CAP_BPF and CAP_NET_ADMIN are missing"
+        }
+        _ => "",
+    }
+}
+
+fn pin_hint(error: &io::Error) -> &'static str {
+    match error.raw_os_error() {
+        Some(libc::EPERM) => {
+            "; is it on a BPF file system? `mount -t bpf bpf /sys/fs/bpf`, or set paths.pins"
+        }
+        Some(libc::EACCES) => "; only root can do this",
+        _ => "",
+    }
+}

@@ -1,0 +1,170 @@
+//! The pinned maps, typed.
+
+#![expect(
+    deprecated,
+    reason = "the successor of cgroup storage needs Linux 6.2 and answers another question"
+)]
+
+use super::{Cgroup, Error, Service, pins::Pins};
+use crate::{config::Failure, rules};
+use agent_ebpf::{
+    Counters, FAILURE_CLOSED, FAILURE_OPEN, MAX_RULES, MAX_SERVICES, NAME_LEN, RuleKey, Rules, maps,
+    programs::{BPF_CGROUP_INET4_CONNECT, BPF_CGROUP_INET6_CONNECT},
+};
+use aya::maps::{
+    CgroupStorage, CgroupStorageKey, HashMap, LpmTrie, Map, MapData, MapError, PerCpuHashMap, PerCpuValues,
+    lpm_trie::Key,
+};
+use std::{collections::BTreeSet, io};
+
+/// See the module.
+pub(super) struct Maps {
+    services: HashMap<MapData, u32, agent_ebpf::Service>,
+    rules: LpmTrie<MapData, RuleKey, Rules>,
+    counters: PerCpuHashMap<MapData, u32, Counters>,
+    scopes: CgroupStorage<MapData, u32>,
+}
+
+impl Maps {
+    pub(super) fn open(pins: &Pins) -> Result<Self, Error> {
+        let open = |name: &'static str| {
+            MapData::from_pin(pins.map(name)).and_then(Map::from_map_data).map_err(failed("open", name))
+        };
+        let wrong = |name: &'static str| move |cause| failed("open", name)(cause);
+        Ok(Self {
+            services: open(maps::SERVICES)?.try_into().map_err(wrong(maps::SERVICES))?,
+            rules: open(maps::RULES)?.try_into().map_err(wrong(maps::RULES))?,
+            counters: open(maps::COUNTERS)?.try_into().map_err(wrong(maps::COUNTERS))?,
+            scopes: open(maps::SCOPES)?.try_into().map_err(wrong(maps::SCOPES))?,
+        })
+    }
+
+    /// Ids of the services that are there.
+    pub(super) fn services(&self) -> Result<Vec<u32>, Error> {
+        self.services.keys().collect::<Result<_, _>>().map_err(failed("read", maps::SERVICES))
+    }
+
+    /// A service's counters, over all CPUs.
+    pub(super) fn counters(&self, id: u32) -> Result<Counters, Error> {
+        let each = match self.counters.get(&id, 0) {
+            Err(MapError::KeyNotFound) => return Ok(Counters::ZERO),
+            each => each.map_err(failed("read", maps::COUNTERS))?,
+        };
+        Ok(each.iter().fold(Counters::ZERO, |sum, one| Counters {
+            steered: sum.steered + one.steered,
+            passed_by_rule: sum.passed_by_rule + one.passed_by_rule,
+            passed_proxy_absent: sum.passed_proxy_absent + one.passed_proxy_absent,
+            refused: sum.refused + one.refused,
+            errors: sum.errors + one.errors,
+        }))
+    }
+
+    /// Writes a service's policy: its rules under a number of their own, then, in one update, the service that points
+    /// at them. Rules that nothing points at any more are pruned later.
+    pub(super) fn write(&mut self, service: &Service) -> Result<(), Error> {
+        self.start_counters(service.id)?;
+        let policy = self.next_policy()?;
+        for entry in &service.entries {
+            self.write_rule(policy, entry)?;
+        }
+        let value = agent_ebpf::Service {
+            policy,
+            failure: match service.failure {
+                Failure::Open => FAILURE_OPEN,
+                Failure::Closed => FAILURE_CLOSED,
+            },
+            proxy_port: service.proxy_port,
+            name: padded(&service.name),
+        };
+        self.services.insert(service.id, value, 0).map_err(written(maps::SERVICES, MAX_SERVICES))
+    }
+
+    /// Says whose policy holds in a cgroup to which the connect hooks are attached.
+    pub(super) fn set_scope(&mut self, cgroup: &Cgroup, id: u32) -> Result<(), Error> {
+        for attach_type in [BPF_CGROUP_INET4_CONNECT, BPF_CGROUP_INET6_CONNECT] {
+            match self.scopes.insert(CgroupStorageKey::new(cgroup.id, attach_type), id, 0) {
+                Err(error) if errno(&error) == Some(libc::ENOENT) => {
+                    return Err(Error::Gone { program: "mr_connect4", cgroup: cgroup.clone() });
+                }
+                result => result.map_err(failed("write", maps::SCOPES))?,
+            }
+        }
+        Ok(())
+    }
+
+    /// Removes services that are not among these, and rules that no service points at.
+    pub(super) fn prune(&mut self, ids: &BTreeSet<u32>) -> Result<(), Error> {
+        for id in self.services()? {
+            if !ids.contains(&id) {
+                self.services.remove(&id).map_err(failed("write", maps::SERVICES))?;
+                match self.counters.remove(&id) {
+                    Err(error) if errno(&error) == Some(libc::ENOENT) => {}
+                    result => result.map_err(failed("write", maps::COUNTERS))?,
+                }
+            }
+        }
+        let policies = self.policies()?;
+        let keys: Vec<Key<RuleKey>> =
+            self.rules.keys().collect::<Result<_, _>>().map_err(failed("read", maps::RULES))?;
+        for key in keys {
+            let RuleKey { policy, .. } = key.data();
+            if !policies.contains(&policy) {
+                self.rules.remove(&key).map_err(failed("write", maps::RULES))?;
+            }
+        }
+        Ok(())
+    }
+
+    fn start_counters(&mut self, id: u32) -> Result<(), Error> {
+        if self.counters.get(&id, 0).is_ok() {
+            return Ok(());
+        }
+        let cpus =
+            aya::util::nr_cpus().map_err(|(_, error)| failed("write", maps::COUNTERS)(error.into()))?;
+        let zero = PerCpuValues::try_from(vec![Counters::ZERO; cpus])
+            .map_err(|error| failed("write", maps::COUNTERS)(error.into()))?;
+        self.counters.insert(id, zero, 0).map_err(written(maps::COUNTERS, MAX_SERVICES))
+    }
+
+    fn write_rule(&mut self, policy: u32, entry: &rules::Entry) -> Result<(), Error> {
+        let (bits, key) = entry.key(policy);
+        self.rules.insert(&Key::new(bits, key), entry.rules, 0).map_err(written(maps::RULES, MAX_RULES))
+    }
+
+    fn policies(&self) -> Result<BTreeSet<u32>, Error> {
+        let policies = self.services.iter().map(|item| item.map(|(_, service)| service.policy));
+        policies.collect::<Result<_, _>>().map_err(failed("read", maps::SERVICES))
+    }
+
+    fn next_policy(&self) -> Result<u32, Error> {
+        Ok(self.policies()?.last().map_or(1, |last| last.wrapping_add(1)))
+    }
+}
+
+fn padded(name: &str) -> [u8; NAME_LEN] {
+    let mut padded = [0; NAME_LEN];
+    for (to, from) in padded.iter_mut().take(NAME_LEN - 1).zip(name.bytes()) {
+        *to = from;
+    }
+    padded
+}
+
+fn failed(action: &'static str, name: &'static str) -> impl Fn(MapError) -> Error {
+    move |cause| Error::Map { action, name, cause: Box::new(cause) }
+}
+
+fn written(name: &'static str, limit: u32) -> impl Fn(MapError) -> Error {
+    move |cause| match errno(&cause) {
+        // E2BIG of a hash, ENOSPC of a trie.
+        Some(libc::E2BIG | libc::ENOSPC) => Error::Full { name, limit },
+        _ => failed("write", name)(cause),
+    }
+}
+
+fn errno(error: &MapError) -> Option<i32> {
+    match error {
+        MapError::SyscallError(error) => error.io_error.raw_os_error(),
+        MapError::IoError(error) => io::Error::raw_os_error(error),
+        _ => None,
+    }
+}

@@ -1,0 +1,135 @@
+//! The compiled programs: into the kernel, and from there to cgroups.
+
+use super::{Cgroup, Error, pins::Pins};
+use crate::sys;
+use agent_ebpf::{
+    NETNS_COOKIES, maps,
+    programs::{self, Program},
+};
+use aya::{Ebpf, EbpfLoader, programs::ProgramError, util::KernelVersion};
+use std::{
+    fs, io,
+    os::fd::{AsFd as _, OwnedFd},
+};
+
+/// Built by the build script from `agent-ebpf`.
+static OBJECT: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/mesh-redirect-ebpf"));
+
+/// Loads and pins the programs of this binary, over the maps that are pinned already, and puts them in the place of
+/// those that are attached: no connection goes without a program meanwhile.
+pub(super) fn load(pins: &Pins) -> Result<(), Error> {
+    pins.create()?;
+    let mut ebpf = load_object(pins)?;
+    for program in programs::all() {
+        let error = |cause| Error::Program { name: program.name, cause: Box::new(cause) };
+        let loaded = ebpf.program_mut(program.name).ok_or_else(|| error(ProgramError::NotLoaded))?;
+        load_program(loaded).map_err(error)?;
+        replace_pin(pins, program, loaded)?;
+    }
+    update_links(pins)
+}
+
+/// As [`load`], where no programs are pinned.
+pub(super) fn load_if_absent(pins: &Pins) -> Result<(), Error> {
+    if pins.exist() { Ok(()) } else { load(pins) }
+}
+
+/// Loads the programs and lets them go again: whether this kernel takes them.
+pub(crate) fn try_load() -> Result<(), Error> {
+    let mut ebpf = loader().load(OBJECT).map_err(|error| Error::Load(Box::new(error)))?;
+    for Program { name, .. } in programs::all() {
+        let error = |cause| Error::Program { name, cause: Box::new(cause) };
+        load_program(ebpf.program_mut(name).ok_or_else(|| error(ProgramError::NotLoaded))?).map_err(error)?;
+    }
+    Ok(())
+}
+
+/// Attaches a pinned program to a cgroup.
+pub(super) fn link(pins: &Pins, program: Program, cgroup: &Cgroup) -> Result<OwnedFd, Error> {
+    let open = |cause: io::Error| {
+        let name = program.name;
+        if cause.kind() == io::ErrorKind::NotFound {
+            Error::Gone { program: name, cgroup: cgroup.clone() }
+        } else {
+            Error::Attach { program: name, cgroup: cgroup.clone(), cause }
+        }
+    };
+    let dir = fs::File::open(&cgroup.dir).map_err(open)?;
+    let pinned = pinned(pins, program)?;
+    sys::link_create(pinned.as_fd(), dir.as_fd(), program.attach_type).map_err(|cause| {
+        match cause.raw_os_error() {
+            // The cgroup was removed after it was opened (cgroup_bpf_attach: "if (cgroup_is_dead)").
+            Some(libc::ENODEV | libc::ENOENT | libc::ENOLINK) => {
+                Error::Gone { program: program.name, cgroup: cgroup.clone() }
+            }
+            _ => Error::Attach { program: program.name, cgroup: cgroup.clone(), cause },
+        }
+    })
+}
+
+fn loader() -> EbpfLoader<'static> {
+    let mut loader = EbpfLoader::new();
+    // bpf_get_netns_cookie came to sock_ops programs in 5.15.
+    let cookies: &'static u32 = if has_netns_cookies() { &1 } else { &0 };
+    loader.override_global(NETNS_COOKIES, cookies, true);
+    loader
+}
+
+fn has_netns_cookies() -> bool {
+    KernelVersion::current().is_ok_and(|version| version >= KernelVersion::new(5, 15, 0))
+}
+
+fn load_object(pins: &Pins) -> Result<Ebpf, Error> {
+    let mut loader = loader();
+    for name in maps::ALL {
+        loader.map_pin_path(name, pins.map(name));
+    }
+    loader.load(OBJECT).map_err(|error| Error::Load(Box::new(error)))
+}
+
+fn load_program(program: &mut aya::programs::Program) -> Result<(), ProgramError> {
+    match program {
+        aya::programs::Program::CgroupSockAddr(program) => program.load(),
+        aya::programs::Program::CgroupSockopt(program) => program.load(),
+        aya::programs::Program::SockOps(program) => program.load(),
+        _ => Err(ProgramError::UnexpectedProgramType),
+    }
+}
+
+/// Pins a loaded program in the place of the one that is pinned under its name, if one is.
+fn replace_pin(pins: &Pins, program: Program, loaded: &aya::programs::Program) -> Result<(), Error> {
+    let (next, path) = (pins.next_program(program), pins.program(program));
+    let fd = loaded.fd().map_err(|cause| Error::Program { name: program.name, cause: Box::new(cause) })?;
+    let replace = || {
+        match fs::remove_file(&next) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
+            _ => {}
+        }
+        sys::pin(fd.as_fd(), &next)?;
+        fs::rename(&next, &path)
+    };
+    replace().map_err(|cause| Error::Pin { action: "create", path: path.clone(), cause })
+}
+
+/// Gives every link the programs that are pinned now.
+fn update_links(pins: &Pins) -> Result<(), Error> {
+    for scope in pins.scopes()? {
+        for program in programs::all() {
+            let Ok(link) = pins.link(scope, program) else { continue };
+            match sys::link_update(link.as_fd(), pinned(pins, program)?.as_fd()) {
+                Ok(()) => {}
+                // The cgroup is gone; the next prune removes the link.
+                Err(error) if error.raw_os_error() == Some(libc::ENOLINK) => {}
+                Err(cause) => {
+                    return Err(Error::Pin { action: "update", path: pins.program(program), cause });
+                }
+            }
+        }
+    }
+    Ok(())
+}
+
+fn pinned(pins: &Pins, program: Program) -> Result<OwnedFd, Error> {
+    let path = pins.program(program);
+    sys::open_pin(&path).map_err(|cause| Error::Pin { action: "open", path, cause })
+}

@@ -1,0 +1,156 @@
+//! The control socket: who may speak, how much, and to whom it goes.
+
+use crate::{
+    api,
+    config::check_name,
+    daemon::{self, Request},
+};
+use bytes::Bytes;
+use http_body_util::Full;
+use hyper::{Method, Response, StatusCode, body::Incoming, service::service_fn};
+use hyper_util::rt::{TokioIo, TokioTimer};
+use nix::sys::stat;
+use serde::Serialize;
+use std::{
+    convert::Infallible,
+    fs, io,
+    path::Path,
+    sync::{Arc, mpsc::Sender},
+    time::Duration,
+};
+use tokio::{
+    net::{UnixListener, UnixStream},
+    sync::{Semaphore, oneshot},
+    time::timeout,
+};
+
+/// Callers at once; further ones wait.
+const MAX_CONNECTIONS: usize = 64;
+/// Bytes of a request's head. Requests have no bodies, and one that comes is not read.
+const MAX_HEAD: usize = 8 << 10;
+/// How long a caller may take for its request, and for all of it.
+const HEAD_TIMEOUT: Duration = Duration::from_secs(5);
+const CONNECTION_TIMEOUT: Duration = Duration::from_secs(120);
+
+/// Binds the socket in the place of one that a dead daemon left. Only root can open it, from the first moment.
+pub(crate) fn bind(path: &Path) -> io::Result<UnixListener> {
+    match fs::remove_file(path) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
+        _ => {}
+    }
+    let before = stat::umask(stat::Mode::from_bits_truncate(0o177));
+    let listener = UnixListener::bind(path);
+    stat::umask(before);
+    listener
+}
+
+/// Serves until the task is dropped.
+pub(crate) async fn serve(listener: UnixListener, requests: Sender<Request>) {
+    let places = Arc::new(Semaphore::new(MAX_CONNECTIONS));
+    loop {
+        let Ok(place) = Arc::clone(&places).acquire_owned().await else { return };
+        match listener.accept().await {
+            Ok((stream, _)) => {
+                let requests = requests.clone();
+                tokio::spawn(async move {
+                    connection(stream, requests).await;
+                    drop(place);
+                });
+            }
+            Err(error) => {
+                tracing::warn!("accept on the control socket: {error}");
+                tokio::time::sleep(Duration::from_millis(100)).await;
+            }
+        }
+    }
+}
+
+async fn connection(stream: UnixStream, requests: Sender<Request>) {
+    let Ok(peer) = stream.peer_cred() else { return };
+    // The file's mode says the same; this holds also where somebody changed it.
+    if peer.uid() != 0 {
+        tracing::warn!(uid = peer.uid(), pid = peer.pid(), "a caller that is not root was turned away");
+        return;
+    }
+    let service = service_fn(|request| {
+        let requests = requests.clone();
+        async move { Ok::<_, Infallible>(respond(&request, peer.pid(), &requests).await) }
+    });
+    let mut builder = hyper::server::conn::http1::Builder::new();
+    builder
+        .timer(TokioTimer::new())
+        .header_read_timeout(HEAD_TIMEOUT)
+        .max_buf_size(MAX_HEAD)
+        .keep_alive(false);
+    match timeout(CONNECTION_TIMEOUT, builder.serve_connection(TokioIo::new(stream), service)).await {
+        Ok(Ok(())) => {}
+        Ok(Err(error)) => tracing::debug!("control socket: {error}"),
+        Err(_) => tracing::debug!("control socket: a caller took too long"),
+    }
+}
+
+async fn respond(
+    request: &hyper::Request<Incoming>,
+    pid: Option<i32>,
+    requests: &Sender<Request>,
+) -> Response<Full<Bytes>> {
+    let parts: Vec<&str> = request.uri().path().trim_start_matches('/').split('/').collect();
+    match (request.method(), &parts[..]) {
+        (&Method::GET, ["v1", "status"]) => ask(requests, Request::Status).await,
+        (_, ["v1", "services", name, ..]) if check_name(name).is_err() => {
+            json(StatusCode::BAD_REQUEST, &api::Refusal { error: check_name(name).err().unwrap_or_default() })
+        }
+        (&Method::PUT, ["v1", "services", name]) => {
+            ask(requests, |reply| Request::Enable((*name).to_owned(), reply)).await
+        }
+        (&Method::DELETE, ["v1", "services", name]) => {
+            ask(requests, |reply| Request::Disable((*name).to_owned(), reply)).await
+        }
+        (&Method::POST, ["v1", "services", name, "commands"]) => match pid {
+            Some(pid) => ask(requests, |reply| Request::Join((*name).to_owned(), pid, reply)).await,
+            None => refuse(StatusCode::BAD_REQUEST, "the kernel does not tell who is calling"),
+        },
+        (_, ["v1", "status"] | ["v1", "services", _] | ["v1", "services", _, "commands"]) => {
+            refuse(StatusCode::METHOD_NOT_ALLOWED, "this path does not know this method")
+        }
+        _ => refuse(StatusCode::NOT_FOUND, "no such path; see the reference of the control socket"),
+    }
+}
+
+async fn ask<T: Serialize>(
+    requests: &Sender<Request>,
+    request: impl FnOnce(daemon::Reply<T>) -> Request,
+) -> Response<Full<Bytes>> {
+    let (reply, answer) = oneshot::channel();
+    if requests.send(request(reply)).is_err() {
+        return refuse(StatusCode::SERVICE_UNAVAILABLE, "the daemon is stopping");
+    }
+    match answer.await {
+        Ok(Ok(value)) => json(StatusCode::OK, &value),
+        Ok(Err(error)) => refuse(status_of(&error), &error.to_string()),
+        Err(_) => refuse(StatusCode::SERVICE_UNAVAILABLE, "the daemon is stopping"),
+    }
+}
+
+fn status_of(error: &daemon::Error) -> StatusCode {
+    match error {
+        daemon::Error::Unknown(_) => StatusCode::NOT_FOUND,
+        daemon::Error::BadName(_) | daemon::Error::Plan(_) => StatusCode::BAD_REQUEST,
+        _ => StatusCode::INTERNAL_SERVER_ERROR,
+    }
+}
+
+fn refuse(status: StatusCode, error: &str) -> Response<Full<Bytes>> {
+    json(status, &api::Refusal { error: error.to_owned() })
+}
+
+fn json(status: StatusCode, value: &impl Serialize) -> Response<Full<Bytes>> {
+    let mut body = serde_json::to_vec(value).unwrap_or_default();
+    body.push(b'\n');
+    let mut response = Response::new(Full::from(body));
+    *response.status_mut() = status;
+    response
+        .headers_mut()
+        .insert(hyper::header::CONTENT_TYPE, hyper::header::HeaderValue::from_static("application/json"));
+    response
+}

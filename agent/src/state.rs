@@ -1,0 +1,252 @@
+//! What is enabled, on disk: written before the kernel is touched, so that a restart goes on from there.
+
+use serde::{Deserialize, Serialize};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    fs, io,
+    io::Write as _,
+    path::{Path, PathBuf},
+    time::{SystemTime, UNIX_EPOCH},
+};
+
+/// Version of the file's form.
+const VERSION: u32 = 1;
+
+/// The enabled set.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(crate) struct State {
+    version: u32,
+    services: BTreeMap<String, Entry>,
+}
+
+/// One service of which something is steered.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(crate) struct Entry {
+    /// What the kernel's maps call it.
+    pub(crate) id: u32,
+    /// Seconds of the Unix epoch.
+    pub(crate) since: u64,
+    /// Whether the service itself is enabled; if not, only commands run as it are steered.
+    pub(crate) enabled: bool,
+    /// Cgroups of commands that were run as this service, below the cgroup2 mount.
+    pub(crate) commands: BTreeSet<String>,
+}
+
+/// A state that cannot be read or written.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum StateError {
+    /// The file system says no.
+    #[error("{action} {path}: {cause}", path = .path.display())]
+    Io {
+        /// "read", "write", "remove".
+        action: &'static str,
+        /// Which file.
+        path: PathBuf,
+        /// Why.
+        cause: io::Error,
+    },
+    /// The content is not a state.
+    #[error(
+        "read {path}: {reason}; nothing was changed. Restore the file, or run `mesh-redirect cleanup` and enable services anew",
+        path = .path.display()
+    )]
+    Corrupt {
+        /// Which file.
+        path: PathBuf,
+        /// What is wrong.
+        reason: String,
+    },
+}
+
+impl State {
+    /// Every entry, by name.
+    pub(crate) fn iter(&self) -> impl Iterator<Item = (&str, &Entry)> {
+        self.services.iter().map(|(name, entry)| (name.as_str(), entry))
+    }
+
+    /// Whether a service is enabled.
+    pub(crate) fn is_enabled(&self, name: &str) -> bool {
+        self.services.get(name).is_some_and(|entry| entry.enabled)
+    }
+
+    /// A service's entry.
+    pub(crate) fn get(&self, name: &str) -> Option<&Entry> {
+        self.services.get(name)
+    }
+
+    /// With a service enabled.
+    pub(crate) fn enable(&mut self, name: &str) {
+        let entry = self.entry(name);
+        if !entry.enabled {
+            entry.enabled = true;
+            entry.since = now();
+        }
+    }
+
+    /// With a service not enabled.
+    pub(crate) fn disable(&mut self, name: &str) {
+        if let Some(entry) = self.services.get_mut(name) {
+            entry.enabled = false;
+        }
+        self.services.retain(|_, entry| entry.enabled || !entry.commands.is_empty());
+    }
+
+    /// With a command run as a service, in a cgroup of its own.
+    pub(crate) fn add_command(&mut self, name: &str, cgroup: String) {
+        self.entry(name).commands.insert(cgroup);
+    }
+
+    /// Without the commands of these cgroups.
+    pub(crate) fn remove_commands(&mut self, cgroups: &BTreeSet<String>) {
+        for entry in self.services.values_mut() {
+            entry.commands.retain(|cgroup| !cgroups.contains(cgroup));
+        }
+        self.services.retain(|_, entry| entry.enabled || !entry.commands.is_empty());
+    }
+
+    fn entry(&mut self, name: &str) -> &mut Entry {
+        let used: BTreeSet<u32> = self.services.values().map(|entry| entry.id).collect();
+        let free = (1..=u32::MAX).find(|id| !used.contains(id)).unwrap_or(u32::MAX);
+        let new = || Entry { id: free, since: now(), enabled: false, commands: BTreeSet::new() };
+        self.services.entry(name.to_owned()).or_insert_with(new)
+    }
+}
+
+/// The file.
+#[derive(Clone, Debug)]
+pub(crate) struct StateFile {
+    path: PathBuf,
+}
+
+impl StateFile {
+    /// In a directory that need not exist yet.
+    pub(crate) fn new(dir: &Path) -> Self {
+        Self { path: dir.join("enabled.json") }
+    }
+
+    /// Reads it; a file that is absent is an empty state.
+    pub(crate) fn load(&self) -> Result<State, StateError> {
+        let text = match fs::read(&self.path) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {
+                return Ok(State { version: VERSION, ..State::default() });
+            }
+            text => text.map_err(self.failed("read"))?,
+        };
+        let corrupt = |reason: String| StateError::Corrupt { path: self.path.clone(), reason };
+        let state: State = serde_json::from_slice(&text).map_err(|error| corrupt(error.to_string()))?;
+        if state.version != VERSION {
+            return Err(corrupt(format!("its version is {}; expected {VERSION}", state.version)));
+        }
+        let ids: BTreeSet<u32> = state.services.values().map(|entry| entry.id).collect();
+        if ids.len() != state.services.len() || ids.contains(&0) {
+            return Err(corrupt("ids are not distinct and positive".to_owned()));
+        }
+        Ok(state)
+    }
+
+    /// Writes it whole or not at all.
+    pub(crate) fn save(&self, state: &State) -> Result<(), StateError> {
+        let write = || {
+            let dir = self.path.parent().unwrap_or(Path::new("/"));
+            fs::create_dir_all(dir)?;
+            let next = self.path.with_extension("json.next");
+            let mut file = fs::File::create(&next)?;
+            file.write_all(&serde_json::to_vec_pretty(state)?)?;
+            file.sync_all()?;
+            fs::rename(&next, &self.path)?;
+            fs::File::open(dir)?.sync_all()
+        };
+        write().map_err(self.failed("write"))
+    }
+
+    /// Removes it, and its directory where nothing else is in it.
+    pub(crate) fn remove(&self) -> Result<(), StateError> {
+        for path in [self.path.with_extension("json.next"), self.path.clone()] {
+            match fs::remove_file(path) {
+                Err(error) if error.kind() != io::ErrorKind::NotFound => {
+                    return Err(self.failed("remove")(error));
+                }
+                _ => {}
+            }
+        }
+        if let Some(dir) = self.path.parent() {
+            // A directory that holds something else stays, and so does a unit's StateDirectory that is in use.
+            let _not_ours_alone = fs::remove_dir(dir);
+        }
+        Ok(())
+    }
+
+    fn failed(&self, action: &'static str) -> impl Fn(io::Error) -> StateError {
+        let path = self.path.clone();
+        move |cause| StateError::Io { action, path: path.clone(), cause }
+    }
+}
+
+fn now() -> u64 {
+    SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |elapsed| elapsed.as_secs())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_saved_is_loaded_and_absence_is_empty() {
+        let dir = tempfile::tempdir().unwrap();
+        let file = StateFile::new(&dir.path().join("state"));
+        let mut state = file.load().unwrap();
+        assert_eq!(state.iter().count(), 0);
+        state.enable("payments");
+        state.add_command("shop", "/mesh-redirect/shop-1".into());
+        file.save(&state).unwrap();
+        assert_eq!(file.load().unwrap(), state);
+        file.remove().unwrap();
+        assert!(!dir.path().join("state").exists());
+    }
+
+    #[test]
+    fn ids_are_distinct_and_reused_only_when_free() {
+        let mut state = State::default();
+        for name in ["a", "b", "c"] {
+            state.enable(name);
+        }
+        state.disable("b");
+        state.enable("d");
+        let ids: Vec<(&str, u32)> = state.iter().map(|(name, entry)| (name, entry.id)).collect();
+        assert_eq!(ids, [("a", 1), ("c", 3), ("d", 2)]);
+    }
+
+    #[test]
+    fn a_service_stays_while_a_command_runs_as_it() {
+        let mut state = State::default();
+        state.enable("shop");
+        state.add_command("shop", "/x".into());
+        state.disable("shop");
+        assert!(!state.is_enabled("shop"));
+        assert!(state.get("shop").is_some());
+        state.remove_commands(&BTreeSet::from(["/x".to_owned()]));
+        assert!(state.get("shop").is_none());
+    }
+
+    #[test]
+    fn a_file_that_is_not_a_state_is_refused_and_kept() {
+        let dir = tempfile::tempdir().unwrap();
+        let file = StateFile::new(dir.path());
+        let same_ids = r#"{"version":1,"services":{"a":{"id":1,"since":0,"enabled":true,"commands":[]},"b":{"id":1,"since":0,"enabled":true,"commands":[]}}}"#;
+        for text in [
+            "",
+            "{",
+            "[]",
+            r#"{"version":2,"services":{}}"#,
+            r#"{"version":1,"services":{},"x":1}"#,
+            same_ids,
+        ] {
+            fs::write(dir.path().join("enabled.json"), text).unwrap();
+            let message = file.load().unwrap_err().to_string();
+            assert!(message.contains("enabled.json") && message.contains("nothing was changed"), "{message}");
+            assert_eq!(fs::read_to_string(dir.path().join("enabled.json")).unwrap(), text);
+        }
+    }
+}
