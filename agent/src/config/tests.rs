@@ -84,6 +84,21 @@ fn every_fault_is_named_with_its_place_and_what_was_expected() {
     assert!(wrong.is_empty(), "{wrong:#?}");
 }
 
+/// Prose begins with one blank after the mark, configuration with none or with its indentation.
+#[test]
+fn the_packaged_file_is_the_defaults_and_valid_when_uncommented() {
+    let packaged = include_str!("../../../packaging/agent.yaml");
+    assert_eq!(parse(packaged).unwrap(), parse("").unwrap());
+    let is_prose = |line: &str| line.starts_with("# ") && !line.starts_with("#  ");
+    let lines: Vec<&str> = packaged.lines().filter(|line| !is_prose(line)).collect();
+    let uncommented: String =
+        lines.iter().map(|line| line.trim_start_matches('#').to_owned() + "\n").collect();
+    let config = parse(&uncommented).unwrap();
+    assert_eq!(config.defaults.exclude.len(), 3);
+    assert_eq!(config.policy("payments").failure, Failure::Closed);
+    assert_eq!((config.paths, config.proxy), (parse("").unwrap().paths, parse("").unwrap().proxy));
+}
+
 #[test]
 fn a_named_file_that_is_absent_is_an_error() {
     let error = Config::load(Some(Path::new("/nonexistent/agent.yaml"))).unwrap_err().to_string();
