@@ -1,0 +1,66 @@
+use super::*;
+
+const GOOD: &str = "clusters: [{ name: c, endpoints: ['10.0.0.1:80', '[fd00::1]:80'] }]\n";
+
+fn parse(text: &str) -> Result<Config, String> {
+    super::parse(Path::new("proxy.yaml"), text).map_err(|error| error.to_string())
+}
+
+#[test]
+fn nothing_written_means_the_defaults() {
+    let config = parse("").unwrap();
+    assert_eq!((config.listen.port, config.admin.to_string().as_str()), (15001, "127.0.0.1:15000"));
+    assert!((1..=MAX_DEFAULT_WORKERS).contains(&config.listen.workers));
+    assert_eq!(config.drain_timeout, Duration::from_secs(10));
+}
+
+#[test]
+fn the_packaged_file_is_valid() {
+    parse(include_str!("../../../packaging/proxy.yaml")).unwrap();
+}
+
+#[test]
+fn hosts_and_clusters_are_read() {
+    let config =
+        parse(&format!("{GOOD}virtual_hosts: [{{ name: v, domains: [Shop, shop.internal], cluster: c }}]\n"))
+            .unwrap();
+    assert_eq!(config.virtual_hosts[0].domains, ["shop", "shop.internal"]);
+    assert_eq!(config.clusters[0].endpoints[1], "[fd00::1]:80".parse().unwrap());
+    assert_eq!(config.clusters[0].connect_timeout, Duration::from_secs(1));
+}
+
+/// What is written, where the message points, and what it has to say.
+#[test]
+fn every_fault_is_named_with_its_place_and_what_was_expected() {
+    let host = |rest: &str| format!("{GOOD}virtual_hosts:\n  - {rest}\n");
+    let cases = [
+        ("colour: red\n".to_owned(), "1:1", "unknown field `colour`"),
+        ("listen: { port: 0 }\n".to_owned(), "1:17", "expected 1 to 65535"),
+        ("listen: { port: 70000 }\n".to_owned(), "1:17", ""),
+        ("listen: { workers: 0 }\n".to_owned(), "1:20", "expected 1 to 1024"),
+        ("admin: localhost\n".to_owned(), "1:8", "address"),
+        ("admin: 127.0.0.1:15001\n".to_owned(), "1:8", "expected another one"),
+        ("drain_timeout: soon\n".to_owned(), "1:16", "expected one as 500ms"),
+        ("clusters: [{ name: c, endpoints: [] }]\n".to_owned(), "1:34", "expected at least one"),
+        ("clusters: [{ name: c, endpoints: [localhost] }]\n".to_owned(), "1:35", "address"),
+        ("clusters: [{ name: c, endpoints: ['127.0.0.1:15001'] }]\n".to_owned(), "1:35", "this proxy itself"),
+        ("clusters: [{ name: c, endpoints: ['0.0.0.0:80'] }]\n".to_owned(), "1:35", "expected IP:PORT"),
+        ("clusters: [{ name: c, endpoints: ['1.1.1.1:80', '1.1.1.1:80'] }]\n".to_owned(), "1:49", "twice"),
+        (format!("{GOOD}clusters: []\n"), "2:1", "duplicate"),
+        ("clusters:\n  - { name: c, endpoints: ['1.1.1.1:1'] }\n  - { name: c, endpoints: ['1.1.1.1:1'] }\n".to_owned(), "3:13", "expected distinct names"),
+        (host("{ name: v, domains: [a], cluster: d }"), "3:39", "expected one of: c"),
+        (host("{ name: v, domains: ['a:80'], cluster: c }"), "3:26", "without a port"),
+        (host("{ name: v, domains: [], cluster: c }"), "3:25", "expected at least one"),
+        (host("{ name: v, domains: [a, A], cluster: c }"), "3:29", "there twice"),
+        (host("{ name: v, cluster: c }"), "3:16", "missing field `domains`"),
+        ("clusters: 3\n".to_owned(), "1:11", "expected"),
+    ];
+    let wrong: Vec<_> = cases
+        .into_iter()
+        .map(|(text, place, says)| {
+            (parse(&text).expect_err(&text), text, format!("proxy.yaml:{place}: "), says)
+        })
+        .filter(|(message, _, place, says)| !message.starts_with(place) || !message.contains(says))
+        .collect();
+    assert!(wrong.is_empty(), "{wrong:#?}");
+}

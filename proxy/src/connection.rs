@@ -1,0 +1,121 @@
+//! The life of a connection: whence it came, what it speaks, and so what is done with it.
+
+use crate::{
+    context::Context,
+    detect::{self, Protocol},
+    http,
+    observe::Recorder,
+    origin::{self, Origin},
+    rewind::Rewind,
+    tunnel,
+};
+use bytes::{Bytes, BytesMut};
+use std::{io, net::SocketAddr, time::Duration};
+use tokio::{
+    io::AsyncReadExt as _,
+    net::TcpStream,
+    time::{Instant, sleep, timeout_at},
+};
+
+/// How long a client gets to speak first before its destination is dialled, which may be the one to begin.
+const CLIENT_FIRST: Duration = Duration::from_millis(10);
+/// How long a client that began something like HTTP gets for its head. A tunnel loses nothing, so this can be short.
+const HEAD_TIMEOUT: Duration = Duration::from_secs(2);
+/// Longest head that is looked at.
+const MAX_HEAD: usize = 64 << 10;
+
+/// Serves a connection until it ends.
+pub(crate) async fn serve(context: &Context, stream: TcpStream) -> io::Result<()> {
+    stream.set_nodelay(true)?;
+    let origin = origin::of(&stream, stream.local_addr()?).inspect_err(|error| {
+        tracing::warn!("a connection was closed whose origin cannot be read: {error}");
+        context.metrics.origin_errors.inc();
+        tunnel::reset(&stream);
+    })?;
+    context.metrics.connection(origin.is_some());
+    let service = context.metrics.service(origin.as_ref().map_or("direct", |origin| origin.service.as_str()));
+    let recorder = Recorder::new(context.metrics.clone(), service);
+    let Some(origin) = origin else {
+        http::serve(context, recorder, None, Rewind::new(Bytes::new(), stream)).await;
+        return Ok(());
+    };
+    if context.is_own(origin.destination) {
+        context.metrics.self_loops.inc();
+        tunnel::reset(&stream);
+        return Ok(());
+    }
+    steered(context, recorder, &origin, stream).await
+}
+
+async fn steered(
+    context: &Context,
+    recorder: Recorder,
+    origin: &Origin,
+    mut client: TcpStream,
+) -> io::Result<()> {
+    let mut dialled = None;
+    let mut head = BytesMut::with_capacity(4 << 10);
+    tokio::select! {
+        biased;
+        first = client.read_buf(&mut head) => { first?; }
+        () = sleep(CLIENT_FIRST) => {
+            let Some(upstream) = dial(context, recorder.service(), origin.destination, &client).await else { return Ok(()) };
+            tokio::select! {
+                first = client.read_buf(&mut head) => { first?; }
+                _server_spoke_or_ended = upstream.readable() => {}
+            }
+            dialled = Some(upstream);
+        }
+    }
+    if !head.is_empty() && is_routed(context, &mut client, &mut head).await? {
+        http::serve(context, recorder, Some(origin), Rewind::new(head.freeze(), client)).await;
+        return Ok(());
+    }
+    let upstream = match dialled {
+        Some(upstream) => upstream,
+        None => match dial(context, recorder.service(), origin.destination, &client).await {
+            Some(upstream) => upstream,
+            None => return Ok(()),
+        },
+    };
+    tunnel::relay(&context.metrics, recorder.service(), head.freeze(), client, upstream).await;
+    Ok(())
+}
+
+/// Reads on while it may be HTTP; true when it is, for a host of ours.
+async fn is_routed(context: &Context, client: &mut TcpStream, head: &mut BytesMut) -> io::Result<bool> {
+    let deadline = Instant::now() + HEAD_TIMEOUT;
+    loop {
+        match detect::protocol(head) {
+            Protocol::Http1 { host } => {
+                return Ok(host.is_some_and(|host| context.snapshot.load().routes.find(&host).is_some()));
+            }
+            Protocol::Opaque => return Ok(false),
+            Protocol::Undecided if head.len() >= MAX_HEAD => return Ok(false),
+            Protocol::Undecided => {}
+        }
+        // One that ended, or is too slow, goes where it was going.
+        let Ok(read) = timeout_at(deadline, client.read_buf(head)).await else { return Ok(false) };
+        if read? == 0 {
+            return Ok(false);
+        }
+    }
+}
+
+/// Connects to where the client was going; a client that cannot get there learns it as a reset.
+async fn dial(
+    context: &Context,
+    service: &str,
+    destination: SocketAddr,
+    client: &TcpStream,
+) -> Option<TcpStream> {
+    match tunnel::dial(destination).await {
+        Ok(upstream) => Some(upstream),
+        Err(error) => {
+            tracing::debug!(%destination, "dial: {error}");
+            context.metrics.tunnel(service, "not connected");
+            tunnel::reset(client);
+            None
+        }
+    }
+}

@@ -1,0 +1,62 @@
+//! Answers that this proxy gives itself, each with the reason.
+
+use bytes::Bytes;
+use http::{HeaderValue, Response, StatusCode, header::CONTENT_TYPE};
+use http_body_util::Full;
+
+/// Names the reason, in Envoy's response flags.
+const FLAG: &str = "x-mesh-redirect-flag";
+
+/// Why a request could not be answered by an endpoint.
+#[derive(Debug, thiserror::Error)]
+pub(super) enum Failure {
+    /// The request names no host and went nowhere in particular.
+    #[error("the request has no Host, and the connection was not steered here")]
+    NoHost,
+    /// The host is in no virtual host and the request went nowhere in particular.
+    #[error("no virtual host has the domain `{0}`, and the connection was not steered here")]
+    NoRoute(String),
+    /// The request would come back to this proxy.
+    #[error("the request leads back to this proxy")]
+    Loop,
+    /// No endpoint accepted a connection.
+    #[error("no endpoint of cluster `{0}` accepts connections")]
+    NoConnection(String),
+    /// The endpoint ended the connection before it answered.
+    #[error("the endpoint ended the connection before it answered: {0}")]
+    Ended(hyper::Error),
+    /// The request's target cannot be sent on.
+    #[error("the request's target cannot be sent on")]
+    BadTarget,
+}
+
+impl Failure {
+    /// The reason, in Envoy's response flags.
+    pub(super) fn flag(&self) -> &'static str {
+        match self {
+            Self::NoHost | Self::NoRoute(_) | Self::Loop => "NR",
+            Self::NoConnection(_) => "UF",
+            Self::Ended(_) => "UC",
+            Self::BadTarget => "DPE",
+        }
+    }
+
+    fn status(&self) -> StatusCode {
+        match self {
+            Self::NoHost | Self::BadTarget => StatusCode::BAD_REQUEST,
+            Self::NoRoute(_) => StatusCode::NOT_FOUND,
+            Self::Loop => StatusCode::LOOP_DETECTED,
+            Self::NoConnection(_) => StatusCode::SERVICE_UNAVAILABLE,
+            Self::Ended(_) => StatusCode::BAD_GATEWAY,
+        }
+    }
+
+    /// The answer.
+    pub(super) fn response(&self) -> Response<Full<Bytes>> {
+        let mut response = Response::new(Full::from(format!("mesh-proxy: {self}\n")));
+        *response.status_mut() = self.status();
+        response.headers_mut().insert(CONTENT_TYPE, HeaderValue::from_static("text/plain; charset=utf-8"));
+        response.headers_mut().insert(FLAG, HeaderValue::from_static(self.flag()));
+        response
+    }
+}

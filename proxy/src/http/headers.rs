@@ -1,0 +1,99 @@
+//! Headers that end at each hop (RFC 9110 §7.6.1).
+
+use http::{
+    HeaderMap, HeaderName, HeaderValue, StatusCode,
+    header::{CONNECTION, TE, TRANSFER_ENCODING, UPGRADE},
+};
+
+static KEEP_ALIVE: HeaderName = HeaderName::from_static("keep-alive");
+static PROXY_CONNECTION: HeaderName = HeaderName::from_static("proxy-connection");
+
+/// Whether a message asks to go on in another protocol (RFC 9110 §7.8).
+pub(super) fn is_upgrade(headers: &HeaderMap) -> bool {
+    headers.contains_key(UPGRADE)
+        && connection_options(headers).any(|option| option.eq_ignore_ascii_case("upgrade"))
+}
+
+/// Whether a response agrees to go on in another protocol.
+pub(super) fn is_upgraded(status: StatusCode, headers: &HeaderMap) -> bool {
+    status == StatusCode::SWITCHING_PROTOCOLS && headers.contains_key(UPGRADE)
+}
+
+/// Removes what concerns only the hop it came from; an upgrade is passed on where it is meant.
+pub(super) fn strip_hop_by_hop(headers: &mut HeaderMap, upgrade: bool) {
+    let named: Vec<HeaderName> = connection_options(headers)
+        .filter_map(|option| HeaderName::from_bytes(option.as_bytes()).ok())
+        .collect();
+    let upgrade = headers.get(UPGRADE).filter(|_| upgrade).cloned();
+    let trailers = headers.get_all(TE).iter().any(|value| value.as_bytes().eq_ignore_ascii_case(b"trailers"));
+    for name in named.iter().filter(|name| !is_end_to_end(name)) {
+        headers.remove(name);
+    }
+    for name in [&CONNECTION, &KEEP_ALIVE, &PROXY_CONNECTION, &TE, &TRANSFER_ENCODING, &UPGRADE] {
+        headers.remove(name);
+    }
+    if trailers {
+        headers.insert(TE, HeaderValue::from_static("trailers"));
+    }
+    if let Some(protocol) = upgrade {
+        headers.insert(CONNECTION, HeaderValue::from_static("upgrade"));
+        headers.insert(UPGRADE, protocol);
+    }
+}
+
+/// Naming these in `Connection` must not take them away: a request could lose its frame or its route that way.
+fn is_end_to_end(name: &HeaderName) -> bool {
+    [http::header::HOST, http::header::CONTENT_LENGTH].contains(name)
+}
+
+fn connection_options(headers: &HeaderMap) -> impl Iterator<Item = &str> {
+    let values = headers.get_all(CONNECTION).iter().filter_map(|value| value.to_str().ok());
+    values.flat_map(|value| value.split(',')).map(str::trim)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    type Headers = &'static [(&'static str, &'static str)];
+
+    fn stripped(headers: Headers, upgrade: bool) -> Vec<String> {
+        let mut map = HeaderMap::new();
+        for (name, value) in headers {
+            map.append(*name, HeaderValue::from_static(value));
+        }
+        strip_hop_by_hop(&mut map, upgrade);
+        let mut left: Vec<String> =
+            map.iter().map(|(name, value)| format!("{name}: {}", value.to_str().unwrap())).collect();
+        left.sort();
+        left
+    }
+
+    #[test]
+    fn what_ends_at_each_hop_is_removed_and_the_rest_stays() {
+        let cases: [(Headers, &[&str]); 9] = [
+            (&[("connection", "close"), ("x", "1")], &["x: 1"]),
+            (&[("connection", "X-A, x-b"), ("x-a", "1"), ("x-b", "2"), ("x-c", "3")], &["x-c: 3"]),
+            (&[("connection", "x-a"), ("connection", "x-b"), ("x-a", "1"), ("x-b", "2")], &[]),
+            (&[("keep-alive", "timeout=5"), ("proxy-connection", "keep-alive")], &[]),
+            (&[("te", "trailers"), ("trailer", "x")], &["te: trailers", "trailer: x"]),
+            (&[("te", "gzip")], &[]),
+            (&[("transfer-encoding", "chunked")], &[]),
+            (&[("connection", "upgrade"), ("upgrade", "websocket")], &[]),
+            (
+                &[("connection", "host, content-length"), ("host", "a"), ("content-length", "3")],
+                &["content-length: 3", "host: a"],
+            ),
+        ];
+        for (headers, left) in cases {
+            assert_eq!(stripped(headers, false), left, "{headers:?}");
+        }
+    }
+
+    #[test]
+    fn an_upgrade_is_passed_on_where_it_is_meant() {
+        let headers: Headers =
+            &[("connection", "keep-alive, Upgrade"), ("upgrade", "websocket"), ("keep-alive", "x")];
+        assert_eq!(stripped(headers, true), ["connection: upgrade", "upgrade: websocket"]);
+    }
+}

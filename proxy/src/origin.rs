@@ -1,0 +1,136 @@
+//! Where a connection was going before it was steered here, and who made it: asked of the kernel.
+
+use socket2::SockRef;
+use std::{
+    io,
+    net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
+    os::fd::AsRawFd,
+};
+
+/// The private `getsockopt` level of mesh-redirect's hooks.
+const SOL_MESH_REDIRECT: libc::c_int = 0x4d52;
+const OPTION_ORIGIN: libc::c_int = 1;
+const OPTION_HEARTBEAT: libc::c_int = 2;
+
+/// Name of a caller that the kernel does not tell, as with nftables.
+pub(crate) const UNKNOWN_SERVICE: &str = "unknown";
+
+/// A steered connection.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Origin {
+    /// Where it was going.
+    pub(crate) destination: SocketAddr,
+    /// The service that made it.
+    pub(crate) service: String,
+}
+
+/// The origin of an accepted connection; none for one that was made to this proxy on purpose.
+pub(crate) fn of(
+    socket: &(impl AsRawFd + std::os::fd::AsFd),
+    local: SocketAddr,
+) -> io::Result<Option<Origin>> {
+    let mut whole = [0; WHOLE_LEN];
+    match option(socket, OPTION_ORIGIN, &mut whole) {
+        Ok(_) => return parse(&whole).map(Some),
+        // Without the hooks, and without an origin, the kernel does not know the option.
+        Err(error) if is_absent(&error) => {}
+        Err(error) => return Err(error),
+    }
+    let socket = SockRef::from(socket);
+    let original = if local.is_ipv4() { socket.original_dst_v4() } else { socket.original_dst_v6() };
+    match original.map(|address| address.as_socket()) {
+        Ok(Some(destination)) if destination != local => {
+            Ok(Some(Origin { destination, service: UNKNOWN_SERVICE.to_owned() }))
+        }
+        Ok(_) => Ok(None),
+        Err(error) if is_absent(&error) => Ok(None),
+        Err(error) => Err(error),
+    }
+}
+
+/// Tells the kernel that a listener is being served: it stops steering to one that was silent for three seconds.
+/// Where the hooks are not there, nobody needs to know.
+pub(crate) fn heartbeat(listener: &impl AsRawFd) {
+    let _without_hooks = option(listener, OPTION_HEARTBEAT, &mut [0; 4]);
+}
+
+fn is_absent(error: &io::Error) -> bool {
+    matches!(error.raw_os_error(), Some(libc::ENOENT | libc::ENOPROTOOPT | libc::EOPNOTSUPP))
+}
+
+/// Length of the whole origin.
+const WHOLE_LEN: usize = 104;
+
+/// Reads the whole origin: version u32, family u16, port u16, address 16 bytes, uid u32, pid u32, cgroup u64, service
+/// 64 bytes NUL padded; in host order, addresses in network order.
+fn parse(whole: &[u8; WHOLE_LEN]) -> io::Result<Origin> {
+    let field = |at: usize| [whole[at], whole[at + 1]];
+    let version = u32::from_ne_bytes([whole[0], whole[1], whole[2], whole[3]]);
+    let (family, port) = (u16::from_ne_bytes(field(4)), u16::from_ne_bytes(field(6)));
+    let mut address = [0; 16];
+    address.copy_from_slice(&whole[8..24]);
+    let ip = match (version, libc::c_int::from(family)) {
+        (1, libc::AF_INET) => IpAddr::from(Ipv4Addr::new(address[0], address[1], address[2], address[3])),
+        (1, libc::AF_INET6) => IpAddr::from(Ipv6Addr::from(address)),
+        _ => return Err(io::Error::other(format!("an origin of version {version} and family {family}"))),
+    };
+    let name = whole[40..].split(|&byte| byte == 0).next().unwrap_or_default();
+    let service =
+        if name.is_empty() { UNKNOWN_SERVICE.into() } else { String::from_utf8_lossy(name).into_owned() };
+    Ok(Origin { destination: SocketAddr::new(ip, port), service })
+}
+
+#[expect(unsafe_code, reason = "no crate knows a private socket option")]
+fn option(socket: &impl AsRawFd, name: libc::c_int, value: &mut [u8]) -> io::Result<usize> {
+    let mut len = value.len() as libc::socklen_t;
+    // SAFETY: the kernel writes at most `len` bytes, which is how long the value is, and `len` itself.
+    let result = unsafe {
+        libc::getsockopt(socket.as_raw_fd(), SOL_MESH_REDIRECT, name, value.as_mut_ptr().cast(), &raw mut len)
+    };
+    if result == 0 { Ok(len as usize) } else { Err(io::Error::last_os_error()) }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn whole(version: u32, family: u16, address: &[u8], service: &str) -> [u8; WHOLE_LEN] {
+        let mut whole = [0; WHOLE_LEN];
+        whole[0..4].copy_from_slice(&version.to_ne_bytes());
+        whole[4..6].copy_from_slice(&family.to_ne_bytes());
+        whole[6..8].copy_from_slice(&8080_u16.to_ne_bytes());
+        whole[8..8 + address.len()].copy_from_slice(address);
+        whole[40..40 + service.len()].copy_from_slice(service.as_bytes());
+        whole
+    }
+
+    #[test]
+    fn origins_of_both_families_are_read() {
+        let origin = parse(&whole(1, 2, &[10, 0, 0, 7], "shop")).unwrap();
+        assert_eq!(origin, Origin { destination: "10.0.0.7:8080".parse().unwrap(), service: "shop".into() });
+        let address = "fd00::7".parse::<Ipv6Addr>().unwrap().octets();
+        let origin = parse(&whole(1, 10, &address, "")).unwrap();
+        assert_eq!(origin.destination, "[fd00::7]:8080".parse().unwrap());
+        assert_eq!(origin.service, UNKNOWN_SERVICE);
+    }
+
+    #[test]
+    fn a_name_that_fills_its_field_ends_with_it() {
+        assert_eq!(parse(&whole(1, 2, &[1, 1, 1, 1], &"x".repeat(64))).unwrap().service.len(), 64);
+    }
+
+    #[test]
+    fn an_origin_of_another_version_or_family_is_an_error_not_a_guess() {
+        parse(&whole(2, 2, &[10, 0, 0, 7], "shop")).unwrap_err();
+        parse(&whole(1, 1, &[10, 0, 0, 7], "shop")).unwrap_err();
+    }
+
+    #[test]
+    fn a_connection_that_nobody_steered_has_no_origin() {
+        let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+        let _client = std::net::TcpStream::connect(listener.local_addr().unwrap()).unwrap();
+        let (accepted, _) = listener.accept().unwrap();
+        assert_eq!(of(&accepted, accepted.local_addr().unwrap()).unwrap(), None);
+        heartbeat(&listener);
+    }
+}

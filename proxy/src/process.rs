@@ -1,0 +1,123 @@
+//! The life of the process: workers begin, signals come, workers end.
+
+use crate::{
+    admin::{self, Admin},
+    config,
+    context::Context,
+    model::Config,
+    observe::Metrics,
+    pool::Pool,
+    snapshot::{Current, Snapshot},
+    worker,
+};
+use anyhow::Context as _;
+use nix::sys::resource::{Resource, getrlimit, setrlimit};
+use std::{
+    path::Path,
+    sync::{Arc, mpsc},
+    thread::{self, JoinHandle},
+};
+use tokio::{
+    net::TcpListener,
+    signal::unix::{SignalKind, signal},
+    sync::watch,
+};
+
+/// Runs until it is told to end, and has ended what was open.
+pub(crate) fn run(file: &Path, config: &Config) -> anyhow::Result<()> {
+    if nix::unistd::geteuid().is_root() {
+        tracing::warn!("running as root, which is not needed: run as an unprivileged user");
+    }
+    raise_descriptor_limit();
+    let metrics = Metrics::default();
+    let snapshot = Arc::new(Current::from_pointee(Snapshot::new(config, &metrics)));
+    let (drain, draining) = watch::channel(false);
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+    let admin = Arc::new(Admin::new(metrics.registry()));
+    let listener = runtime
+        .block_on(TcpListener::bind(config.admin))
+        .with_context(|| format!("listen on {}", config.admin))?;
+    let workers = start_workers(config, &snapshot, &metrics, &draining)?;
+    let serving = runtime.spawn(admin::serve(listener, Arc::clone(&admin)));
+    admin.set_ready(true);
+    // Where no service manager listens there is nobody to tell.
+    let _no_manager = sd_notify::notify(&[sd_notify::NotifyState::Ready]);
+    tracing::info!(port = config.listen.port, admin = %config.admin, workers = workers.len(), "ready");
+    runtime.block_on(signals(file, &snapshot, &metrics))?;
+    admin.set_ready(false);
+    let _no_manager = sd_notify::notify(&[sd_notify::NotifyState::Stopping]);
+    tracing::info!("draining");
+    drain.send_replace(true);
+    runtime.block_on(tokio::task::spawn_blocking(|| end_workers(workers)))?;
+    serving.abort();
+    Ok(())
+}
+
+/// Starts the workers and waits until every one listens.
+fn start_workers(
+    config: &Config,
+    snapshot: &Arc<Current>,
+    metrics: &Metrics,
+    draining: &watch::Receiver<bool>,
+) -> anyhow::Result<Vec<JoinHandle<()>>> {
+    let (listening, heard) = mpsc::channel();
+    let (port, drain_timeout, own_ports) =
+        (config.listen.port, config.drain_timeout, [config.listen.port, config.admin.port()]);
+    let start = |index| {
+        let (snapshot, metrics, drain) = (Arc::clone(snapshot), metrics.clone(), draining.clone());
+        let listening = listening.clone();
+        let work = move || {
+            let context = Context { snapshot, metrics, pool: Pool::default(), drain, own_ports };
+            // The receiver waits for all workers; if it is gone, so is this process.
+            worker::run(context, port, drain_timeout, |result| _ = listening.send(result));
+        };
+        thread::Builder::new().name(format!("worker-{index}")).spawn(work)
+    };
+    let workers =
+        (0..config.listen.workers).map(start).collect::<Result<Vec<_>, _>>().context("start workers")?;
+    for _ in &workers {
+        heard.recv().context("a worker ended before it listened")??;
+    }
+    Ok(workers)
+}
+
+fn end_workers(workers: Vec<JoinHandle<()>>) {
+    for worker in workers {
+        if worker.join().is_err() {
+            tracing::error!("a worker panicked");
+        }
+    }
+}
+
+/// Handles signals until one says to end.
+async fn signals(file: &Path, snapshot: &Current, metrics: &Metrics) -> anyhow::Result<()> {
+    let (mut terminate, mut interrupt) = (signal(SignalKind::terminate())?, signal(SignalKind::interrupt())?);
+    let mut hangup = signal(SignalKind::hangup())?;
+    loop {
+        tokio::select! {
+            _ = terminate.recv() => return Ok(()),
+            _ = interrupt.recv() => return Ok(()),
+            _ = hangup.recv() => reload(file, snapshot, metrics),
+        }
+    }
+}
+
+/// Whole or not at all: a file that is wrong leaves what holds as it is.
+fn reload(file: &Path, snapshot: &Current, metrics: &Metrics) {
+    match config::load(file) {
+        Ok(config) => {
+            snapshot.store(Arc::new(Snapshot::new(&config, metrics)));
+            tracing::info!("virtual hosts and clusters were read anew");
+        }
+        Err(error) => tracing::error!("not reloaded, going on as before: {error}"),
+    }
+}
+
+/// Each relayed connection takes two descriptors; the soft limit is often 1024.
+fn raise_descriptor_limit() {
+    let raised = getrlimit(Resource::RLIMIT_NOFILE)
+        .and_then(|(_, hard)| setrlimit(Resource::RLIMIT_NOFILE, hard, hard));
+    if let Err(error) = raised {
+        tracing::warn!("the limit of open files cannot be raised: {error}");
+    }
+}

@@ -1,0 +1,99 @@
+//! A worker: a thread with its own runtime, listeners and pool. Nothing of a connection ever leaves it.
+
+use crate::{accept::Listeners, connection, context::Context, observe::Metrics};
+use std::{cell::Cell, io, rc::Rc, time::Duration};
+use tokio::{
+    runtime,
+    task::LocalSet,
+    time::{Instant, MissedTickBehavior, interval, sleep, timeout_at},
+};
+
+/// How often the kernel is told that the listeners are served; it waits for three times that.
+const HEARTBEAT: Duration = Duration::from_secs(1);
+
+/// Serves until the process is to end, then finishes what is open, for so long. `listening` hears whether it can.
+pub(crate) fn run(
+    context: Context,
+    port: u16,
+    drain_timeout: Duration,
+    listening: impl FnOnce(io::Result<()>),
+) {
+    let runtime = match runtime::Builder::new_current_thread().enable_all().build() {
+        Ok(runtime) => runtime,
+        Err(error) => return listening(Err(error)),
+    };
+    LocalSet::new().block_on(&runtime, async {
+        match Listeners::bind(port) {
+            Ok(listeners) => {
+                listening(Ok(()));
+                serve(Rc::new(context), listeners, drain_timeout).await;
+            }
+            Err(error) => listening(Err(error)),
+        }
+    });
+}
+
+async fn serve(context: Rc<Context>, listeners: Listeners, drain_timeout: Duration) {
+    let open = Rc::new(Cell::new(0));
+    let mut heartbeat = interval(HEARTBEAT);
+    heartbeat.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    loop {
+        tokio::select! {
+            stream = listeners.accept() => spawn(&context, &open, stream),
+            _ = heartbeat.tick() => {
+                listeners.heartbeat();
+                context.pool.sweep();
+            }
+            () = context.draining() => break,
+        }
+    }
+    // Those who were connected before the listeners close would be reset with them.
+    while let Some(stream) = listeners.accept_waiting().await {
+        spawn(&context, &open, stream);
+    }
+    drop(listeners);
+    drain(&open, drain_timeout).await;
+}
+
+fn spawn(context: &Rc<Context>, open: &Rc<Cell<usize>>, stream: tokio::net::TcpStream) {
+    let context = Rc::clone(context);
+    let connection = Open::new(&context.metrics, Rc::clone(open));
+    tokio::task::spawn_local(async move {
+        if let Err(error) = connection::serve(&context, stream).await {
+            tracing::debug!("connection: {error}");
+        }
+        drop(connection);
+    });
+}
+
+async fn drain(open: &Cell<usize>, limit: Duration) {
+    let all_ended = async {
+        while open.get() > 0 {
+            sleep(Duration::from_millis(10)).await;
+        }
+    };
+    if timeout_at(Instant::now() + limit, all_ended).await.is_err() {
+        tracing::warn!("{} connections were still open after {limit:?} and are cut off", open.get());
+    }
+}
+
+/// An open connection, counted while it lives.
+struct Open {
+    metrics: Metrics,
+    open: Rc<Cell<usize>>,
+}
+
+impl Open {
+    fn new(metrics: &Metrics, open: Rc<Cell<usize>>) -> Self {
+        metrics.active.inc();
+        open.set(open.get() + 1);
+        Self { metrics: metrics.clone(), open }
+    }
+}
+
+impl Drop for Open {
+    fn drop(&mut self) {
+        self.metrics.active.dec();
+        self.open.set(self.open.get() - 1);
+    }
+}
