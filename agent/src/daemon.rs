@@ -4,7 +4,7 @@ use crate::{
     api,
     config::{Config, Failure, Scope},
     lock, plan,
-    redirect::{Desired, ebpf::Ebpf},
+    redirect::{Cgroup, Desired, ebpf::Ebpf},
     state::{State, StateFile},
     workload::{Unknown, Workloads, systemd},
 };
@@ -13,7 +13,7 @@ use std::{
     fs, io,
     path::{Path, PathBuf},
     sync::mpsc::{Receiver, RecvTimeoutError},
-    time::Duration,
+    time::{Duration, Instant},
 };
 use tokio::sync::oneshot;
 
@@ -92,20 +92,24 @@ impl Daemon {
     /// Does as it is told until it is told to stop, and compares the host with what is wanted in between.
     pub(crate) fn run(mut self, requests: &Receiver<Request>) {
         let mut healthy = true;
+        let mut next_look = Instant::now() + TICK;
         loop {
-            match requests.recv_timeout(TICK) {
+            match requests.recv_timeout(next_look.saturating_duration_since(Instant::now())) {
                 Ok(Request::Status(reply)) => answer(reply, self.status()),
                 Ok(Request::Enable(name, reply)) => answer(reply, self.enable(&name)),
                 Ok(Request::Disable(name, reply)) => answer(reply, self.disable(&name)),
                 Ok(Request::Join(name, pid, reply)) => answer(reply, self.join(&name, pid)),
                 Ok(Request::Stop) | Err(RecvTimeoutError::Disconnected) => return,
-                Err(RecvTimeoutError::Timeout) => {
-                    let result = self.reconcile();
-                    if let (Err(error), true) = (&result, healthy) {
-                        tracing::error!("{error}; tried again every second");
-                    }
-                    healthy = result.is_ok();
+                Err(RecvTimeoutError::Timeout) => {}
+            }
+            // However many requests come, the host is looked at.
+            if Instant::now() >= next_look {
+                next_look = Instant::now() + TICK;
+                let result = self.reconcile();
+                if let (Err(error), true) = (&result, healthy) {
+                    tracing::error!("{error}; tried again every second");
                 }
+                healthy = result.is_ok();
             }
         }
     }
@@ -196,7 +200,7 @@ impl Daemon {
         };
         let services = desired.services.iter().zip(self.state.iter()).map(|(service, (name, entry))| {
             let known = kernel.services.iter().find(|known| known.id == service.id);
-            let scope = |cgroup: &crate::redirect::Cgroup| api::Scope {
+            let scope = |cgroup: &Cgroup| api::Scope {
                 cgroup: path(&cgroup.dir),
                 attached: known.is_some_and(|known| known.cgroups.contains(&cgroup.id)),
             };
@@ -236,7 +240,7 @@ impl Daemon {
     /// Cgroups of commands in which no process is left.
     fn ended_commands(&self) -> BTreeSet<String> {
         let commands = self.state.iter().flat_map(|(_, entry)| entry.commands.iter());
-        commands.filter(|path| !is_populated(&self.workloads.dir(path))).cloned().collect()
+        commands.filter(|path| !is_used(&self.workloads.dir(path))).cloned().collect()
     }
 
     fn proxy_notes(&mut self) -> Vec<String> {
@@ -260,9 +264,8 @@ fn answer<T>(reply: Reply<T>, result: Result<T, Error>) {
     let _the_caller_may_be_gone = reply.send(result);
 }
 
-fn is_populated(dir: &Path) -> bool {
-    fs::read_to_string(dir.join("cgroup.events"))
-        .is_ok_and(|events| events.lines().any(|line| line == "populated 1"))
+fn is_used(dir: &Path) -> bool {
+    Cgroup::open(dir).is_ok_and(|cgroup| cgroup.is_populated())
 }
 
 impl From<agent_ebpf::Counters> for api::Counters {

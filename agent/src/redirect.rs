@@ -48,6 +48,12 @@ impl Cgroup {
         // The inode number of a cgroup's directory is its id (kernfs, 64-bit hosts).
         Ok(Self { dir: dir.to_owned(), id: fs::metadata(dir)?.ino() })
     }
+
+    /// Whether processes are in it or below it.
+    pub(crate) fn is_populated(&self) -> bool {
+        let events = fs::read_to_string(self.dir.join("cgroup.events"));
+        events.is_ok_and(|events| events.lines().any(|line| line == "populated 1"))
+    }
 }
 
 impl fmt::Display for Cgroup {

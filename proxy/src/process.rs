@@ -48,7 +48,7 @@ pub(crate) fn run(file: &Path, config: &Config) -> anyhow::Result<()> {
     let _no_manager = sd_notify::notify(&[sd_notify::NotifyState::Stopping]);
     tracing::info!("draining");
     drain.send_replace(true);
-    runtime.block_on(tokio::task::spawn_blocking(|| end_workers(workers)))?;
+    runtime.block_on(async { tokio::task::spawn_blocking(|| end_workers(workers)).await })?;
     serving.abort();
     Ok(())
 }

@@ -8,8 +8,8 @@ use tokio::{
     time::{Instant, MissedTickBehavior, interval, sleep, timeout_at},
 };
 
-/// How often the kernel is told that the listeners are served; it waits for three times that.
-const HEARTBEAT: Duration = Duration::from_secs(1);
+/// How often the kernel is told that the listeners are served; it waits for three seconds.
+const HEARTBEAT: Duration = Duration::from_millis(250);
 
 /// Serves until the process is to end, then finishes what is open, for so long. `listening` hears whether it can.
 pub(crate) fn run(

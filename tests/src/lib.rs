@@ -1,1 +1,43 @@
-//! The harness.
+//! The harness of the end-to-end tests: guards that let a scenario run the real binaries against the real kernel
+//! while nothing else on the machine notices.
+//!
+//! | guard | what it holds |
+//! |---|---|
+//! | [`Sandbox`] | two network namespaces joined by a veth pair, a subtree of cgroups, a folder on bpffs, a temporary folder |
+//! | [`Agent`], [`Proxy`], [`Upstream`] | one running program each, ready when the guard is there |
+//! | [`Mesh`] | all three of them, as most scenarios want them |
+//! | [`Machine`] | a whole machine: systemd booted in a container |
+//!
+//! A guard undoes itself when it is dropped, also after a panic, and then shows the log of what it ran. What a killed
+//! run left behind is swept away by the next one. A guard that cannot do its part fails the test on the spot.
+
+#![expect(clippy::expect_used, reason = "what the harness cannot do fails the test, with a message")]
+
+mod agent;
+mod cgroup;
+mod host;
+mod kernel;
+mod machine;
+mod mesh;
+mod netns;
+mod process;
+mod proxy;
+mod sandbox;
+mod sweep;
+mod upstream;
+mod wait;
+
+pub mod http;
+
+pub use agent::{Agent, Counters, ServiceStatus, Status};
+pub use cgroup::cgroup_path;
+pub use host::binaries;
+pub use kernel::Footprint;
+pub use machine::{Machine, Root};
+pub use mesh::{Answers, Mesh, answers, ask, ask_with, slow_request};
+pub use netns::{INSTANCES, ORIGIN, ORIGIN_V6};
+pub use process::{Finished, Process, Program, Running};
+pub use proxy::{CONFIG as PROXY_CONFIG, Metrics, Proxy};
+pub use sandbox::{Mode, Place, Sandbox};
+pub use upstream::Upstream;
+pub use wait::{eventually, wait_for};

@@ -20,7 +20,13 @@ use std::{
     collections::{BTreeSet, HashMap},
     os::fd::AsFd as _,
     path::PathBuf,
+    thread,
+    time::Duration,
 };
+
+/// A proxy that was there before the hooks is known to them from its next heartbeat on. Services are steered after
+/// that, so that none sees a moment in which the proxy counts as absent.
+const TWO_HEARTBEATS: Duration = Duration::from_millis(500);
 
 /// The mode, over its pins.
 #[derive(Debug)]
@@ -51,7 +57,10 @@ impl Ebpf {
             self.loaded = true;
         }
         if let Some(cgroup) = &desired.proxy {
-            self.attach(Owner::Proxy, cgroup, &programs::PROXY)?;
+            let anew = self.attach(Owner::Proxy, cgroup, &programs::PROXY)?;
+            if anew && cgroup.is_populated() {
+                thread::sleep(TWO_HEARTBEATS);
+            }
         }
         let mut maps = Maps::open(&self.pins)?;
         for service in &desired.services {
@@ -69,7 +78,7 @@ impl Ebpf {
     /// Makes a cgroup the proxy's; for a proxy that is about to start.
     pub(crate) fn attach_proxy(&mut self, cgroup: &Cgroup) -> Result<(), Error> {
         object::load_if_absent(&self.pins)?;
-        self.attach(Owner::Proxy, cgroup, &programs::PROXY)
+        self.attach(Owner::Proxy, cgroup, &programs::PROXY).map(drop)
     }
 
     /// Removes everything of ours, of this version. Connections that were steered live on.
@@ -113,7 +122,7 @@ impl Ebpf {
         }
         for cgroup in &service.scopes {
             match self.attach(Owner::Service(service.id), cgroup, &programs::SERVICE) {
-                Ok(()) => maps.set_scope(cgroup, service.id)?,
+                Ok(_) => maps.set_scope(cgroup, service.id)?,
                 Err(Error::Gone { .. }) => {}
                 Err(error) => return Err(error),
             }
@@ -121,10 +130,11 @@ impl Ebpf {
         Ok(())
     }
 
-    /// Attaches programs to a cgroup and pins the links, as far as they are not there.
-    fn attach(&self, owner: Owner, cgroup: &Cgroup, programs: &[Program]) -> Result<(), Error> {
+    /// Attaches programs to a cgroup and pins the links, as far as they are not there. True when one was not.
+    fn attach(&self, owner: Owner, cgroup: &Cgroup, programs: &[Program]) -> Result<bool, Error> {
         let scope = pins::Scope { owner, cgroup: cgroup.id };
         self.pins.create_scope(scope)?;
+        let mut anew = false;
         for &program in programs {
             if self.pins.has_link(scope, program) {
                 continue;
@@ -137,8 +147,9 @@ impl Ebpf {
                 }
                 return Err(error);
             }
+            anew = true;
         }
-        Ok(())
+        Ok(anew)
     }
 
     /// Removes what is no longer desired.

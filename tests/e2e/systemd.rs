@@ -1,0 +1,129 @@
+//! On a machine with systemd: installed, steered across restarts, and gone without a trace.
+
+use std::env;
+use std::process::Command;
+use std::thread::sleep;
+use std::time::Duration;
+
+use tests::{Footprint, INSTANCES, Machine, Metrics, ORIGIN, PROXY_CONFIG, Root, Sandbox, Status, Upstream};
+use tests::{binaries, eventually, wait_for};
+
+scenarios![a_unit_is_steered_across_restarts_and_all_is_uninstalled_without_a_trace];
+
+/// A unit that never heard of the mesh: it connects as soon as it is started, and then over and over.
+const SHOP: &str = "\
+[Service]
+ExecStart=/bin/sh -c 'while :; do curl --silent --max-time 2 http://10.77.0.10:8080/; sleep 0.05; done'
+";
+
+/// A unit that is restarted attaches itself.
+const WITHOUT_A_DAEMON: &str = "\
+systemctl stop mesh-redirect && systemctl restart shop && sleep 0.5 && systemctl start mesh-redirect";
+
+/// Everywhere an installation or a running agent might leave something.
+const LIST_FILES: &str =
+    "find /etc /opt /usr /var/lib /run/systemd/system /sys/fs/bpf; find /run -name '*mesh*'";
+
+const SOON: Duration = Duration::from_secs(10);
+
+fn a_unit_is_steered_across_restarts_and_all_is_uninstalled_without_a_trace(sandbox: &Sandbox) {
+    let shop = Shop::on_a_machine(sandbox);
+    let files = shop.run(LIST_FILES);
+    shop.install();
+    shop.connects_directly();
+
+    shop.run("mesh-redirect enable shop");
+    shop.is_steered();
+    assert!(Metrics::of(sandbox).sum("mesh_proxy_requests_total", &[r#"cluster="catalog""#]) > 0.0);
+    shop.is_steered_throughout("systemctl restart shop");
+    shop.is_steered_throughout("systemctl kill --signal=KILL mesh-redirect");
+    shop.is_steered_throughout("systemctl restart mesh-redirect");
+    shop.is_steered_throughout(WITHOUT_A_DAEMON);
+    shop.run("systemctl restart mesh-proxy");
+    shop.is_steered();
+
+    shop.run("mesh-redirect disable shop");
+    shop.connects_directly();
+    assert_eq!(Footprint::of(sandbox), Footprint::default());
+    shop.uninstall();
+    assert_eq!(added(&files, &shop.run(LIST_FILES)), Vec::<&str>::new());
+}
+
+/// The unit `shop` on a machine of its own, and the servers it may end up at.
+struct Shop<'s> {
+    machine: Machine<'s>,
+    origin: Upstream,
+    _instances: [Upstream; 2],
+}
+
+impl<'s> Shop<'s> {
+    fn on_a_machine(sandbox: &'s Sandbox) -> Self {
+        let [a, b] = INSTANCES.map(|address| format!("{address}:8080"));
+        let instances = [Upstream::http(sandbox, "a", &[&a]), Upstream::http(sandbox, "b", &[&b])];
+        let origin = Upstream::http(sandbox, "origin", &[&format!("{ORIGIN}:8080")]);
+        let root = Root::fresh(sandbox);
+        root.write("etc/systemd/system/shop.service", SHOP);
+        Self { machine: Machine::boot(sandbox, root), origin, _instances: instances }
+    }
+
+    fn install(&self) {
+        xtask("install", self.machine.root(), &["--bin-dir", &binaries().to_string_lossy()]);
+        self.machine.root().write("etc/mesh-redirect/proxy.yaml", PROXY_CONFIG);
+        self.run("systemctl daemon-reload && systemctl start mesh-redirect mesh-proxy shop");
+    }
+
+    fn uninstall(&self) {
+        self.run("systemctl stop shop mesh-proxy mesh-redirect && mesh-redirect cleanup");
+        xtask("uninstall", self.machine.root(), &[]);
+        self.run("systemctl daemon-reload");
+    }
+
+    #[track_caller]
+    fn run(&self, command: &str) -> String {
+        self.machine.run(command).ok().to_owned()
+    }
+
+    #[track_caller]
+    fn connects_directly(&self) {
+        let before = self.origin.requests();
+        eventually("the shop connects directly", SOON, || self.origin.requests() > before + 2);
+    }
+
+    #[track_caller]
+    fn is_steered(&self) {
+        let before = wait_for(SOON, || self.steered()).expect("a status");
+        eventually("the shop is steered", SOON, || self.steered().is_some_and(|now| now > before + 5));
+    }
+
+    /// Not even the first connection goes past the proxy.
+    #[track_caller]
+    fn is_steered_throughout(&self, happening: &str) {
+        // What was under way before gets time to arrive.
+        sleep(Duration::from_millis(200));
+        let direct = self.origin.requests();
+        self.run(happening);
+        self.is_steered();
+        assert_eq!(self.origin.requests(), direct, "went past the proxy: {happening}");
+    }
+
+    /// Nothing, while the daemon is being restarted.
+    fn steered(&self) -> Option<u64> {
+        let status = self.machine.run("mesh-redirect status --json");
+        let status: Status = serde_json::from_str(&status.stdout).ok()?;
+        Some(status.services.first()?.counters.steered)
+    }
+}
+
+/// What the second listing has and the first has not.
+fn added<'t>(before: &str, after: &'t str) -> Vec<&'t str> {
+    let known: Vec<&str> = before.lines().collect();
+    after.lines().filter(|file| !known.contains(file)).collect()
+}
+
+#[track_caller]
+fn xtask(command: &str, root: &Root, options: &[&str]) {
+    let cargo = env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
+    let run = ["run", "--quiet", "--package", "xtask", "--", command, "--root"];
+    let status = Command::new(cargo).args(run).arg(root.path()).args(options).status();
+    assert!(status.expect("run cargo").success(), "cargo xtask {command}");
+}

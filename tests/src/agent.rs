@@ -1,0 +1,166 @@
+//! The agent, and the command line that talks to it.
+
+use std::fs;
+use std::path::PathBuf;
+
+use nix::sys::signal::Signal;
+use serde::Deserialize;
+
+use crate::host;
+use crate::process::{Finished, Process, Program};
+use crate::sandbox::{Place, Sandbox};
+
+/// A running `mesh-redirect run`.
+#[derive(Debug)]
+pub struct Agent<'s> {
+    sandbox: &'s Sandbox,
+    process: Process,
+}
+
+/// What `status --json` says.
+#[derive(Debug, Deserialize)]
+pub struct Status {
+    /// The enabled services.
+    pub services: Vec<ServiceStatus>,
+}
+
+/// One enabled service.
+#[derive(Debug, PartialEq, Eq, Deserialize)]
+pub struct ServiceStatus {
+    /// As agent.yaml calls it.
+    pub name: String,
+    /// When it was enabled, in seconds since 1970.
+    pub since: u64,
+    /// What became of its connections.
+    pub counters: Counters,
+}
+
+/// What became of a service's connections, since it was enabled.
+#[derive(Debug, Default, Clone, Copy, PartialEq, Eq, Deserialize)]
+pub struct Counters {
+    /// Went to the proxy.
+    pub steered: u64,
+    /// Left alone, since a rule says so.
+    pub passed_by_rule: u64,
+    /// Left alone, since no proxy was there.
+    pub passed_proxy_absent: u64,
+    /// Refused, since no proxy was there.
+    pub refused: u64,
+    /// Went wrong.
+    pub errors: u64,
+}
+
+impl<'s> Agent<'s> {
+    /// Writes agent.yaml and starts the daemon.
+    #[track_caller]
+    pub fn start(sandbox: &'s Sandbox, settings: &str) -> Self {
+        Self::configure(sandbox, settings);
+        Self::restart(sandbox)
+    }
+
+    /// Writes agent.yaml, and says where.
+    pub fn configure(sandbox: &Sandbox, settings: &str) -> PathBuf {
+        let path = config(sandbox);
+        fs::write(&path, Self::yaml(sandbox, settings)).expect("write agent.yaml");
+        path
+    }
+
+    /// What agent.yaml says: the paths, the proxy and the services of the sandbox, and then `settings`. Since the
+    /// services come last, settings that are indented add to them.
+    pub fn yaml(sandbox: &Sandbox, settings: &str) -> String {
+        format!(
+            "paths:
+  run: {run}
+  state: {state}
+  pins: {pins}
+proxy:
+  port: 15001
+  cgroup: {proxy}
+services:
+  shop: {{ cgroup: {shop} }}
+  stock: {{ cgroup: {stock} }}
+{settings}",
+            run = sandbox.path("run").display(),
+            state = sandbox.path("state").display(),
+            pins = sandbox.pins().display(),
+            proxy = sandbox.cgroup(Place::Proxy),
+            shop = sandbox.cgroup(Place::Shop),
+            stock = sandbox.cgroup(Place::Stock),
+        )
+    }
+
+    /// Starts the daemon with the configuration that is there.
+    #[track_caller]
+    pub fn restart(sandbox: &'s Sandbox) -> Self {
+        let mut process = Self::program(sandbox, &["run"]).serve(sandbox.path("agent.log"));
+        process.wait_until(|_| Self::command(sandbox, &["status"]).succeeded());
+        Self { sandbox, process }
+    }
+
+    /// A command of `mesh-redirect`, whether or not a daemon runs.
+    #[track_caller]
+    pub fn command(sandbox: &Sandbox, args: &[&str]) -> Finished {
+        Self::program(sandbox, args).run()
+    }
+
+    /// The same, to be started by the caller.
+    pub fn program<'a>(sandbox: &'a Sandbox, args: &[&str]) -> Program<'a> {
+        let config = config(sandbox).display().to_string();
+        sandbox.program(Place::Outside, host::binary("mesh-redirect")).args(["--config", &config]).args(args)
+    }
+
+    /// `enable SERVICE`
+    #[track_caller]
+    pub fn enable(&self, service: &str) {
+        Self::command(self.sandbox, &["enable", service]).ok();
+    }
+
+    /// `disable SERVICE`
+    #[track_caller]
+    pub fn disable(&self, service: &str) {
+        Self::command(self.sandbox, &["disable", service]).ok();
+    }
+
+    /// `status --json`
+    #[track_caller]
+    pub fn status(&self) -> Status {
+        let finished = Self::command(self.sandbox, &["status", "--json"]);
+        let answer = finished.ok();
+        serde_json::from_str(answer).unwrap_or_else(|error| panic!("{error} in {answer}"))
+    }
+
+    /// The counters of an enabled service.
+    #[track_caller]
+    pub fn counters(&self, service: &str) -> Counters {
+        let status = self.status();
+        let found = status.services.iter().find(|found| found.name == service);
+        found.unwrap_or_else(|| panic!("{service} is not enabled: {status:?}")).counters
+    }
+
+    /// What the daemon logged so far, in this life and those before.
+    pub fn log(&self) -> String {
+        self.process.log()
+    }
+
+    /// Kills the daemon, which gets no chance to tidy up.
+    pub fn sigkill(mut self) {
+        self.process.signal(Signal::SIGKILL);
+        self.process.ended();
+    }
+
+    /// Ends the daemon as systemd would.
+    ///
+    /// # Panics
+    /// When it does not exit with success.
+    #[track_caller]
+    pub fn stop(mut self) {
+        self.process.signal(Signal::SIGTERM);
+        let status = self.process.ended();
+        assert!(status.success(), "the daemon ended with {status}");
+    }
+}
+
+/// Where the sandbox's agent.yaml is.
+fn config(sandbox: &Sandbox) -> PathBuf {
+    sandbox.path("agent.yaml")
+}

@@ -1,0 +1,139 @@
+//! Clients, which say what they saw.
+
+use std::io::{self, BufRead, BufReader, Read, Write};
+use std::net::{Shutdown, SocketAddr, TcpStream, UdpSocket};
+use std::os::fd::AsFd;
+use std::thread;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, ensure};
+use nix::errno::Errno;
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use socket2::{Domain, Socket, Type};
+use tests::{Answers, http};
+
+/// A pause between two requests of one client: load that shows gaps, not load that hurts.
+const PACE: Duration = Duration::from_millis(2);
+
+/// Connects as it is told, and says whom the kernel says it is connected to, and who answers.
+pub(crate) fn connect(address: SocketAddr, options: &[&str]) -> anyhow::Result<()> {
+    let address = if options.contains(&"--mapped") { mapped(address) } else { address };
+    let socket = Socket::new(Domain::for_address(address), Type::STREAM, None)?;
+    if options.contains(&"--non-blocking") {
+        connect_without_blocking(&socket, address)?;
+    } else {
+        socket.connect(&address.into())?;
+    }
+    let peer = socket.peer_addr()?.as_socket().context("a peer that is no IP address")?;
+    println!("{peer} {}", http::ask(socket.into(), "catalog", "/")?.body);
+    Ok(())
+}
+
+/// The same address for an IPv6 socket.
+fn mapped(address: SocketAddr) -> SocketAddr {
+    let ip = match address {
+        SocketAddr::V4(v4) => v4.ip().to_ipv6_mapped(),
+        SocketAddr::V6(v6) => *v6.ip(),
+    };
+    (ip, address.port()).into()
+}
+
+/// What event loops do: connect, wait until the socket is writable, ask `SO_ERROR`.
+fn connect_without_blocking(socket: &Socket, address: SocketAddr) -> anyhow::Result<()> {
+    socket.set_nonblocking(true)?;
+    let begun = socket.connect(&address.into()).err().and_then(|error| error.raw_os_error());
+    ensure!(begun == Some(Errno::EINPROGRESS as i32), "connect does not say EINPROGRESS but {begun:?}");
+    poll(&mut [PollFd::new(socket.as_fd(), PollFlags::POLLOUT)], PollTimeout::from(5000_u16))?;
+    if let Some(error) = socket.take_error()? {
+        return Err(error.into());
+    }
+    Ok(socket.set_nonblocking(false)?)
+}
+
+/// Sends a request a byte at a time, as a network with the smallest packets would.
+pub(crate) fn dribble(address: SocketAddr) -> anyhow::Result<()> {
+    let mut stream = TcpStream::connect(address)?;
+    stream.set_nodelay(true)?;
+    for byte in http::request("catalog", "/").bytes() {
+        stream.write_all(&[byte])?;
+        thread::sleep(PACE);
+    }
+    println!("{}", http::answer(stream)?.body);
+    Ok(())
+}
+
+/// Sends, closes its half, and reads on until the echo has closed the other.
+pub(crate) fn half_close(address: SocketAddr, bytes: usize) -> anyhow::Result<()> {
+    let sent: Vec<u8> = (0..bytes).map(pattern).collect();
+    let mut stream = TcpStream::connect(address)?;
+    let received = thread::scope(|scope| -> anyhow::Result<Vec<u8>> {
+        let writer = scope.spawn(|| -> io::Result<()> {
+            (&stream).write_all(&sent)?;
+            stream.shutdown(Shutdown::Write)
+        });
+        let mut received = Vec::new();
+        let read = (&stream).read_to_end(&mut received);
+        writer.join().map_err(|_| anyhow::anyhow!("the writer has panicked"))??;
+        read?;
+        Ok(received)
+    })?;
+    let rest = received.strip_prefix(sent.as_slice()).context("the echo differs from what was sent")?;
+    println!("{}", String::from_utf8_lossy(rest));
+    Ok(stream.flush()?)
+}
+
+/// Bytes in which a lost, doubled or swapped block shows.
+fn pattern(position: usize) -> u8 {
+    (position.wrapping_mul(2_654_435_761) >> 13) as u8
+}
+
+/// Listens first.
+pub(crate) fn hello(address: SocketAddr) -> anyhow::Result<()> {
+    let mut stream = TcpStream::connect(address)?;
+    let mut reader = BufReader::new(stream.try_clone()?);
+    let mut heard = String::new();
+    reader.read_line(&mut heard)?;
+    stream.write_all(b"hello\n")?;
+    reader.read_to_string(&mut heard)?;
+    print!("{heard}");
+    Ok(())
+}
+
+/// What resolvers do: a connected socket, and an answer from whom was asked.
+pub(crate) fn datagram(address: SocketAddr) -> anyhow::Result<()> {
+    let socket = UdpSocket::bind("0.0.0.0:0")?;
+    socket.set_read_timeout(Some(Duration::from_secs(5)))?;
+    socket.connect(address)?;
+    socket.send(b"echo")?;
+    let mut buffer = [0; 1500];
+    let length = socket.recv(&mut buffer)?;
+    println!("{} {}", socket.peer_addr()?, String::from_utf8_lossy(&buffer[..length]));
+    Ok(())
+}
+
+/// A few clients, each of which connects anew for every request.
+pub(crate) fn load(address: SocketAddr, clients: usize, milliseconds: u64) -> anyhow::Result<()> {
+    let end = Instant::now() + Duration::from_millis(milliseconds);
+    let threads: Vec<_> = (0..clients).map(|_| thread::spawn(move || ask_until(end, address))).collect();
+    let mut answers = Vec::new();
+    for thread in threads {
+        answers.extend(thread.join().map_err(|_| anyhow::anyhow!("a client has panicked"))?);
+    }
+    println!("{}", serde_json::to_string(&answers.into_iter().collect::<Answers>())?);
+    Ok(())
+}
+
+fn ask_until(end: Instant, address: SocketAddr) -> Vec<String> {
+    let mut answers = Vec::new();
+    while Instant::now() < end {
+        answers.push(match http::get(address, "catalog", "/") {
+            Ok(answer) if answer.status == 200 => answer.body,
+            other => {
+                eprintln!("{other:?}");
+                "failed".to_owned()
+            }
+        });
+        thread::sleep(PACE);
+    }
+    answers
+}

@@ -1,0 +1,65 @@
+//! The other end of every connection in the end-to-end tests.
+//!
+//! Servers, which say `listening`, then `accepted ADDRESS` for each connection and `asked REQUEST` for each request:
+//!
+//!     peer http NAME ADDRESS…     answers every request with its name
+//!     peer echo ADDRESS           returns every byte, and after the last one says how many there were
+//!     peer greet ADDRESS          speaks first
+//!     peer datagrams ADDRESS      returns every datagram
+//!
+//! Clients, which say what they saw:
+//!
+//!     peer connect [--mapped] [--non-blocking] ADDRESS     whom it is connected to, and who answers a request
+//!     peer dribble ADDRESS                                 who answers a request that comes a byte at a time
+//!     peer half-close ADDRESS BYTES                        what an echo says after the last byte
+//!     peer datagram ADDRESS                                whom a UDP socket is connected to, and what comes back
+//!     peer hello ADDRESS                                   how a greeter greets and answers
+//!     peer load ADDRESS CLIENTS MILLISECONDS               how often each server answered, as JSON
+
+mod client;
+mod server;
+
+use std::env;
+use std::io;
+use std::process::ExitCode;
+
+use nix::errno::Errno;
+
+fn main() -> ExitCode {
+    let args: Vec<String> = env::args().skip(1).collect();
+    let args: Vec<&str> = args.iter().map(String::as_str).collect();
+    match run(&args) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("peer: {}{error:#}", errno(&error).unwrap_or_default());
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn run(args: &[&str]) -> anyhow::Result<()> {
+    match args {
+        ["http", name, addresses @ ..] => {
+            let name = (*name).to_owned();
+            server::serve(addresses, move |stream| server::http(&stream, &name))
+        }
+        ["echo", address] => server::serve(&[address], server::echo),
+        ["greet", address] => server::serve(&[address], server::greet),
+        ["datagrams", address] => server::datagrams(address),
+        ["datagram", address] => client::datagram(address.parse()?),
+        ["connect", options @ .., address] => client::connect(address.parse()?, options),
+        ["dribble", address] => client::dribble(address.parse()?),
+        ["half-close", address, bytes] => client::half_close(address.parse()?, bytes.parse()?),
+        ["hello", address] => client::hello(address.parse()?),
+        ["load", address, clients, milliseconds] => {
+            client::load(address.parse()?, clients.parse()?, milliseconds.parse()?)
+        }
+        _ => anyhow::bail!("usage: see the head of its source"),
+    }
+}
+
+/// `ECONNREFUSED: ` is easier to compare than a sentence.
+fn errno(error: &anyhow::Error) -> Option<String> {
+    let code = error.downcast_ref::<io::Error>()?.raw_os_error()?;
+    Some(format!("{:?}: ", Errno::from_raw(code)))
+}

@@ -1,0 +1,147 @@
+//! The world of one scenario.
+
+use std::fs::{self, Permissions};
+use std::os::unix::fs::PermissionsExt;
+use std::path::{Path, PathBuf};
+use std::sync::Once;
+
+use tempfile::TempDir;
+
+use crate::cgroup::{self, Cgroup};
+use crate::host;
+use crate::netns::Namespace;
+use crate::process::Program;
+use crate::sweep;
+
+/// How connections are steered. Every scenario runs once for each mode, so that the modes cannot drift apart.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Mode {
+    /// Connect hooks at the service's cgroup.
+    Ebpf,
+}
+
+/// Where in the sandbox a program runs: a network namespace and a cgroup.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Place {
+    /// Next to the proxy, in the cgroup that agent.yaml knows as the service `shop`.
+    Shop,
+    /// Next to the proxy, in the cgroup that agent.yaml knows as the service `stock`.
+    Stock,
+    /// Next to the proxy, in a cgroup for a service that only some scenarios know: `cart`.
+    Cart,
+    /// Next to the service, in the proxy's cgroup.
+    Proxy,
+    /// Next to the service, in a cgroup that no configuration names.
+    Outside,
+    /// Where a booted machine has its cgroups.
+    Machine,
+    /// On the other end of the wire.
+    Peer,
+}
+
+impl Place {
+    pub(crate) fn cgroup(self) -> &'static str {
+        match self {
+            Self::Shop => "shop",
+            Self::Stock => "stock",
+            Self::Cart => "cart",
+            Self::Proxy => "proxy",
+            Self::Outside => "outside",
+            Self::Machine => "machine",
+            Self::Peer => "peer",
+        }
+    }
+}
+
+/// The world of one scenario, which bears the scenario's name. Fields are dropped in order: what runs, then what it
+/// ran in.
+#[derive(Debug)]
+pub struct Sandbox {
+    /// How connections are steered here.
+    pub mode: Mode,
+    cgroup: Cgroup,
+    pins: Pins,
+    here: Namespace,
+    peer: Namespace,
+    folder: TempDir,
+}
+
+impl Sandbox {
+    /// A world with nothing running in it.
+    pub fn new(scenario: &str, mode: Mode) -> Self {
+        static PREPARED: Once = Once::new();
+        PREPARED.call_once(|| {
+            host::require();
+            sweep::sweep();
+        });
+        let name = sweep::name(scenario);
+        let here = Namespace::create(name.clone());
+        let peer = Namespace::create(format!("{name}.peer"));
+        here.join(&peer);
+        let pins = Pins(Path::new(host::BPFFS).join(&name));
+        let cgroup = Cgroup::create(&name);
+        Self { mode, cgroup, pins, here, peer, folder: folder() }
+    }
+
+    /// A program of the machine's, to be started in `place`.
+    pub fn program(&self, place: Place, program: impl AsRef<Path>) -> Program<'_> {
+        let namespace = if place == Place::Peer { &self.peer } else { &self.here };
+        Program::new(namespace, &self.cgroup.below(place.cgroup()), program.as_ref())
+    }
+
+    /// The tests' own program, to be started in `place`.
+    pub fn peer(&self, place: Place) -> Program<'_> {
+        self.program(place, host::peer())
+    }
+
+    /// Connects, or does whatever else, where the service and the proxy are.
+    pub fn enter<T: Send>(&self, inside: impl FnOnce() -> T + Send) -> T {
+        self.here.enter(inside)
+    }
+
+    /// Where the network namespace of service and proxy is.
+    pub fn network(&self) -> PathBuf {
+        self.here.path()
+    }
+
+    /// A file or folder of this scenario's own.
+    pub fn path(&self, name: &str) -> PathBuf {
+        self.folder.path().join(name)
+    }
+
+    /// Where the agent pins what must outlive it.
+    pub fn pins(&self) -> &Path {
+        &self.pins.0
+    }
+
+    /// The name of a place's cgroup, as agent.yaml writes it.
+    pub fn cgroup(&self, place: Place) -> String {
+        cgroup::name(&self.cgroup.below(place.cgroup()))
+    }
+
+    /// Every cgroup of this sandbox.
+    pub(crate) fn cgroups(&self) -> Vec<PathBuf> {
+        self.cgroup.subtree()
+    }
+}
+
+/// The unprivileged proxy reads its configuration and its own program from here.
+fn folder() -> TempDir {
+    let folder = sweep::temporary_folder().expect("make a temporary folder");
+    fs::set_permissions(folder.path(), Permissions::from_mode(0o755))
+        .expect("open the temporary folder to all");
+    folder
+}
+
+/// A folder on bpffs, which the agent makes and the guard removes.
+#[derive(Debug)]
+struct Pins(PathBuf);
+
+impl Drop for Pins {
+    fn drop(&mut self) {
+        if self.0.exists() {
+            fs::remove_dir_all(&self.0)
+                .unwrap_or_else(|error| eprintln!("remove {}: {error}", self.0.display()));
+        }
+    }
+}

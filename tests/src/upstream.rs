@@ -1,0 +1,64 @@
+//! Servers on the other end of the wire.
+
+use crate::process::Process;
+use crate::sandbox::{Place, Sandbox};
+
+/// A running server of the tests' own.
+#[derive(Debug)]
+pub struct Upstream {
+    process: Process,
+}
+
+impl Upstream {
+    /// An HTTP server that answers every request with its name.
+    #[track_caller]
+    pub fn http(sandbox: &Sandbox, name: &str, addresses: &[&str]) -> Self {
+        Self::http_at(sandbox, Place::Peer, name, addresses)
+    }
+
+    /// The same, elsewhere than in the peer's namespace.
+    #[track_caller]
+    pub fn http_at(sandbox: &Sandbox, place: Place, name: &str, addresses: &[&str]) -> Self {
+        Self::start(sandbox, place, name, &[&["http", name], addresses].concat())
+    }
+
+    /// A TCP server that returns every byte, and after the last one says how many there were.
+    #[track_caller]
+    pub fn echo(sandbox: &Sandbox, address: &str) -> Self {
+        Self::start(sandbox, Place::Peer, "echo", &["echo", address])
+    }
+
+    /// A TCP server that speaks first, as mail and database servers do.
+    #[track_caller]
+    pub fn greeter(sandbox: &Sandbox, address: &str) -> Self {
+        Self::start(sandbox, Place::Peer, "greeter", &["greet", address])
+    }
+
+    /// A UDP server that returns every datagram.
+    #[track_caller]
+    pub fn datagrams(sandbox: &Sandbox, address: &str) -> Self {
+        Self::start(sandbox, Place::Peer, "datagrams", &["datagrams", address])
+    }
+
+    #[track_caller]
+    fn start(sandbox: &Sandbox, place: Place, name: &str, args: &[&str]) -> Self {
+        let mut process = sandbox.peer(place).args(args).serve(sandbox.path(&format!("{name}.log")));
+        process.wait_until(|process| process.log().lines().any(|line| line == "listening"));
+        Self { process }
+    }
+
+    /// How many connections it has accepted.
+    pub fn connections(&self) -> usize {
+        self.count("accepted ")
+    }
+
+    /// How many requests it was asked. A proxy may connect to where a request was going, to have it ready, and then route
+    /// the request elsewhere; but what was asked here came past the proxy.
+    pub fn requests(&self) -> usize {
+        self.count("asked ")
+    }
+
+    fn count(&self, event: &str) -> usize {
+        self.process.log().lines().filter(|line| line.starts_with(event)).count()
+    }
+}
