@@ -115,11 +115,11 @@ fn remember(ctx: &SockAddrContext, destination: &Destination, service: u32) -> b
         // SAFETY: takes nothing and returns a number.
         cgroup: unsafe { bpf_get_current_cgroup_id() },
     };
-    maps::set_origin(context::client(ctx), origin)
+    maps::set_origin(context::cookie(ctx), &origin)
 }
 
 /// A socket may connect again after a failure, elsewhere: what it carried then is no longer true.
 #[inline(always)]
 fn forget(ctx: &SockAddrContext) {
-    maps::clear_origin(context::client(ctx));
+    maps::clear_origin(context::cookie(ctx));
 }

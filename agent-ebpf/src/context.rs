@@ -4,13 +4,13 @@
 //! bits, which the verifier refuses ("invalid bpf_context access size=8").
 
 use agent_ebpf::{
-    AF_INET, AF_INET6, Handshake,
+    AF_INET, AF_INET6, Ends,
     decide::{Attempt, Destination},
 };
 use aya_ebpf::{
-    EbpfContext as _,
-    bindings::{bpf_sock, bpf_sock_addr, bpf_sock_ops, bpf_sockopt},
-    helpers::generated::bpf_get_netns_cookie,
+    EbpfContext,
+    bindings::{bpf_sock, bpf_sock_addr, bpf_sockopt},
+    helpers::generated::{bpf_get_netns_cookie, bpf_get_socket_cookie},
     programs::{SockAddrContext, SockOpsContext, SockoptContext},
 };
 use core::ptr::{read_volatile, write_volatile};
@@ -42,9 +42,15 @@ fn attempt(ctx: &SockAddrContext, destination: Destination) -> Attempt {
     Attempt { destination, tcp, bound_to_device: bound != 0 }
 }
 
-/// The client's socket.
+/// What no other socket of this boot has or had.
 #[inline(always)]
-pub fn client(ctx: &SockAddrContext) -> *mut bpf_sock {
+pub fn cookie(ctx: &impl EbpfContext) -> u64 {
+    // SAFETY: the contexts of connect, getpeername and socket operations all have a socket.
+    unsafe { bpf_get_socket_cookie(ctx.as_ptr()) }
+}
+
+#[inline(always)]
+fn client(ctx: &SockAddrContext) -> *mut bpf_sock {
     // SAFETY: a field of the context; never null in these hooks.
     unsafe { (*ctx.sock_addr).__bindgen_anon_1.sk }
 }
@@ -104,58 +110,94 @@ pub fn socket(ctx: &SockOpsContext) -> Option<*mut bpf_sock> {
     if sk.is_null() { None } else { Some(sk) }
 }
 
-/// The connection of a socket operation, seen from its client: the local end is the client's.
+/// The connection of a socket operation whose local end is the client's.
 #[inline(always)]
-pub fn handshake_of_client(ctx: &SockOpsContext, family: u16) -> Handshake {
-    let ((client, client_port), (proxy, proxy_port)) = ends(ctx, family);
-    handshake(ctx, family, (client, client_port), (proxy, proxy_port))
+pub fn ends_at_client(ctx: &SockOpsContext, family: u16) -> Ends {
+    let (client, proxy) = if family == AF_INET { ends4(ctx) } else { ends6(ctx) };
+    ends(ctx, family, client, proxy)
 }
 
-/// The connection of a socket operation, seen from the proxy: the local end is the proxy's.
-///
-/// A proxy that listens on `[::]` gets IPv4 connections on IPv6 sockets.
+/// The connection of a socket operation whose local end is the proxy's.
 #[inline(always)]
-pub fn handshake_of_proxy(ctx: &SockOpsContext) -> Handshake {
-    let ops: *mut bpf_sock_ops = ctx.ops;
-    // SAFETY: fields of the context.
-    let mapped = unsafe {
-        read_volatile(&raw const (*ops).local_ip6[0]) == 0
-            && read_volatile(&raw const (*ops).local_ip6[1]) == 0
-            && read_volatile(&raw const (*ops).local_ip6[2]) == 0xffff_u32.to_be()
-    };
-    let family = if ctx.family() == u32::from(AF_INET6) && !mapped { AF_INET6 } else { AF_INET };
-    let (proxy, client) = ends(ctx, family);
-    handshake(ctx, family, client, proxy)
+pub fn ends_at_proxy(ctx: &SockOpsContext) -> Ends {
+    if ctx.family() == u32::from(AF_INET6) {
+        let (proxy, client) = ends6(ctx);
+        if !is_mapped(&proxy.0) {
+            return ends(ctx, AF_INET6, client, proxy);
+        }
+    }
+    let (proxy, client) = ends4(ctx);
+    ends(ctx, AF_INET, client, proxy)
+}
+
+/// The connection whose local end is the socket that is asked about, which is the proxy's.
+#[inline(always)]
+pub fn ends_of_asked(ctx: &SockoptContext) -> Ends {
+    let sk: *mut bpf_sock = asked(ctx);
+    // SAFETY: fields of the socket; src_port is in the host's order, dst_port in network order.
+    let (local_port, remote_port, family) =
+        unsafe { ((*sk).src_port as u16, u16::from_be((*sk).dst_port), (*sk).family) };
+    if family == u32::from(AF_INET6) {
+        // SAFETY: as above.
+        let (local, remote) =
+            unsafe { (bytes(words(&raw const (*sk).src_ip6)), bytes(words(&raw const (*sk).dst_ip6))) };
+        if !is_mapped(&local) {
+            return ends(ctx, AF_INET6, (remote, remote_port), (local, local_port));
+        }
+    }
+    // SAFETY: as above.
+    let (local, remote) = unsafe { (ipv4((*sk).src_ip4), ipv4((*sk).dst_ip4)) };
+    ends(ctx, AF_INET, (remote, remote_port), (local, local_port))
 }
 
 type End = ([u8; 16], u16);
 
-/// Local and remote end.
+/// Local and remote end, as IPv4.
 #[inline(always)]
-fn ends(ctx: &SockOpsContext, family: u16) -> (End, End) {
-    let ops: *mut bpf_sock_ops = ctx.ops;
+fn ends4(ctx: &SockOpsContext) -> (End, End) {
+    let (local_port, remote_port) = ports(ctx);
+    // SAFETY: fields of the context.
+    let (local, remote) = unsafe { ((*ctx.ops).local_ip4, (*ctx.ops).remote_ip4) };
+    ((ipv4(local), local_port), (ipv4(remote), remote_port))
+}
+
+/// Local and remote end, as IPv6.
+#[inline(always)]
+fn ends6(ctx: &SockOpsContext) -> (End, End) {
+    let (local_port, remote_port) = ports(ctx);
+    // SAFETY: fields of the context.
+    let (local, remote) =
+        unsafe { (words(&raw const (*ctx.ops).local_ip6), words(&raw const (*ctx.ops).remote_ip6)) };
+    ((bytes(local), local_port), (bytes(remote), remote_port))
+}
+
+/// Local and remote port.
+#[inline(always)]
+fn ports(ctx: &SockOpsContext) -> (u16, u16) {
     // SAFETY: fields of the context; remote_port is in network order, local_port in the host's.
-    unsafe {
-        let local_port = (*ops).local_port as u16;
-        let remote_port = u32::from_be((*ops).remote_port) as u16;
-        let (local, remote) = if family == AF_INET {
-            ([(*ops).local_ip4, 0, 0, 0], [(*ops).remote_ip4, 0, 0, 0])
-        } else {
-            (words(&raw const (*ops).local_ip6), words(&raw const (*ops).remote_ip6))
-        };
-        ((bytes(local), local_port), (bytes(remote), remote_port))
-    }
+    unsafe { ((*ctx.ops).local_port as u16, u32::from_be((*ctx.ops).remote_port) as u16) }
+}
+
+/// A proxy that listens on `[::]` gets IPv4 connections on IPv6 sockets.
+#[inline(always)]
+fn is_mapped(addr: &[u8; 16]) -> bool {
+    matches!(addr, [0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0xff, 0xff, ..])
 }
 
 #[inline(always)]
-fn handshake(ctx: &SockOpsContext, family: u16, client: End, proxy: End) -> Handshake {
+fn ipv4(addr: u32) -> [u8; 16] {
+    bytes([addr, 0, 0, 0])
+}
+
+#[inline(always)]
+fn ends(ctx: &impl EbpfContext, family: u16, client: End, proxy: End) -> Ends {
     let netns = if crate::maps::netns_cookies() {
-        // SAFETY: the loader sets the constant only where this program type has the helper.
+        // SAFETY: the loader sets the constant only where every program type here has the helper.
         unsafe { bpf_get_netns_cookie(ctx.as_ptr()) }
     } else {
         0
     };
-    Handshake {
+    Ends {
         netns,
         client: client.0,
         proxy: proxy.0,
@@ -186,11 +228,18 @@ pub fn answer<T>(ctx: &SockoptContext, value: &T) -> bool {
     true
 }
 
-/// The socket, level and name of a `getsockopt`.
+/// The level and name of a `getsockopt`.
 #[inline(always)]
-pub fn option(ctx: &SockoptContext) -> (*mut bpf_sock, i32, i32) {
+pub fn option(ctx: &SockoptContext) -> (i32, i32) {
     // SAFETY: fields of the context.
-    unsafe { ((*ctx.sockopt).__bindgen_anon_1.sk, (*ctx.sockopt).level, (*ctx.sockopt).optname) }
+    unsafe { ((*ctx.sockopt).level, (*ctx.sockopt).optname) }
+}
+
+/// The socket that a `getsockopt` asks about.
+#[inline(always)]
+pub fn asked(ctx: &SockoptContext) -> *mut bpf_sock {
+    // SAFETY: a field of the context; never null.
+    unsafe { (*ctx.sockopt).__bindgen_anon_1.sk }
 }
 
 /// # Safety

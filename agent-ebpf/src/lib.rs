@@ -42,8 +42,8 @@ pub const MAX_SERVICES: u32 = 4096;
 pub const MAX_RULES: u32 = 65_536;
 /// Port ranges that one CIDR of one service can carry, after ranges that overlap were resolved.
 pub const MAX_PORT_RANGES: usize = 16;
-/// Handshakes between clients and the proxy that can be under way at once.
-pub const MAX_HANDSHAKES: u32 = 16_384;
+/// Steered connections that can be open at once. Beyond that the kernel forgets the ones that it used least lately.
+pub const MAX_CONNECTIONS: u32 = 65_536;
 
 /// Declares a value that crosses the boundary: `#[repr(C)]`, copyable, of an asserted size.
 macro_rules! shared {
@@ -132,7 +132,7 @@ pub const VERDICT_PASS: u32 = 0;
 pub const VERDICT_STEER: u32 = 1;
 
 shared! {
-    /// What was asked for and by whom: socket storage of a steered client, then of the connection the proxy accepted.
+    /// What was asked for and by whom. Value of `MR_ORIGINS`, keyed by the cookie of the client's socket.
     Origin: 40 {
         /// Where the application was going, network order.
         addr: [u8; 16],
@@ -152,8 +152,8 @@ shared! {
 }
 
 shared! {
-    /// A connection between a client and the proxy while it is being set up. Key of `MR_HANDSHAKES`.
-    Handshake: 48 {
+    /// The ends of a connection between a client and the proxy. Key of `MR_CONNECTIONS`.
+    Ends: 48 {
         /// Cookie of the network namespace; zero on kernels that do not tell (before 5.15).
         netns: u64,
         /// The client's end, network order.
@@ -166,6 +166,18 @@ shared! {
         proxy_port: u16,
         /// [`AF_INET`] or [`AF_INET6`].
         family: u32,
+    }
+}
+
+shared! {
+    /// A connection between a client and the proxy. Value of `MR_CONNECTIONS`.
+    Connection: 48 {
+        /// Where it was going.
+        origin: Origin,
+        /// Nonzero once the proxy's end exists, which owns the entry from then on.
+        accepted: u32,
+        /// Zero.
+        reserved: u32,
     }
 }
 
@@ -234,15 +246,15 @@ pub mod maps {
     pub const COUNTERS: &str = "MR_COUNTERS";
     /// Cgroup storage: the service id of an attachment; zero is "not ready, pass".
     pub const SCOPES: &str = "MR_SCOPES";
-    /// Socket storage: [`Origin`](super::Origin).
+    /// LRU hash: cookie of a client's socket → [`Origin`](super::Origin).
     pub const ORIGINS: &str = "MR_ORIGINS";
-    /// LRU hash: [`Handshake`](super::Handshake) → [`Origin`](super::Origin).
-    pub const HANDSHAKES: &str = "MR_HANDSHAKES";
+    /// LRU hash: [`Ends`](super::Ends) → [`Connection`](super::Connection).
+    pub const CONNECTIONS: &str = "MR_CONNECTIONS";
     /// Socket storage: [`Listener`](super::Listener).
     pub const LISTENERS: &str = "MR_LISTENERS";
 
     /// All of them.
-    pub const ALL: [&str; 7] = [SERVICES, RULES, COUNTERS, SCOPES, ORIGINS, HANDSHAKES, LISTENERS];
+    pub const ALL: [&str; 7] = [SERVICES, RULES, COUNTERS, SCOPES, ORIGINS, CONNECTIONS, LISTENERS];
 }
 
 /// The programs: their names in the kernel, and where they attach.

@@ -1,7 +1,8 @@
 //! Every map, and what the programs do with each.
 
 use agent_ebpf::{
-    Counters, Handshake, Listener, MAX_HANDSHAKES, MAX_RULES, MAX_SERVICES, Origin, RuleKey, Rules, Service,
+    Connection, Counters, Ends, Listener, MAX_CONNECTIONS, MAX_RULES, MAX_SERVICES, Origin, RuleKey, Rules,
+    Service,
 };
 #[expect(
     deprecated,
@@ -12,7 +13,7 @@ use aya_ebpf::{
     Global,
     bindings::{BPF_SK_STORAGE_GET_F_CREATE, bpf_sock},
     btf_maps::SkStorage,
-    helpers::generated::{bpf_sk_storage_delete, bpf_sk_storage_get},
+    helpers::generated::bpf_sk_storage_get,
     macros::{btf_map, map},
     maps::{HashMap, LpmTrie, LruHashMap, PerCpuHashMap, lpm_trie::Key},
 };
@@ -24,12 +25,12 @@ static MR_RULES: LpmTrie<RuleKey, Rules> = LpmTrie::with_max_entries(MAX_RULES, 
 #[map]
 static MR_COUNTERS: PerCpuHashMap<u32, Counters> = PerCpuHashMap::with_max_entries(MAX_SERVICES, 0);
 #[map]
-static MR_HANDSHAKES: LruHashMap<Handshake, Origin> = LruHashMap::with_max_entries(MAX_HANDSHAKES, 0);
+static MR_ORIGINS: LruHashMap<u64, Origin> = LruHashMap::with_max_entries(MAX_CONNECTIONS, 0);
+#[map]
+static MR_CONNECTIONS: LruHashMap<Ends, Connection> = LruHashMap::with_max_entries(MAX_CONNECTIONS, 0);
 #[map]
 #[expect(deprecated, reason = "see the import")]
 static MR_SCOPES: CgroupStorage<u32> = CgroupStorage::new();
-#[btf_map]
-static MR_ORIGINS: SkStorage<Origin> = SkStorage::new();
 #[btf_map]
 static MR_LISTENERS: SkStorage<Listener> = SkStorage::new();
 
@@ -72,89 +73,63 @@ pub fn count(service: u32, counter: impl Fn(&mut Counters) -> &mut u64) {
     }
 }
 
-/// The origin that a socket carries.
+/// The origin of a client's socket.
 #[inline(always)]
-pub fn origin(sk: *mut bpf_sock) -> Option<&'static mut Origin> {
-    storage(&MR_ORIGINS, sk)
+pub fn origin(socket: u64) -> Option<&'static Origin> {
+    // SAFETY: entries are replaced whole, and this one only by the socket itself.
+    unsafe { MR_ORIGINS.get(socket) }
 }
 
-/// Makes a socket carry an origin, in place of the one it has; false when there is no memory for it.
+/// Gives a client's socket an origin, in place of the one it has; false when there is no room for it.
 #[inline(always)]
-pub fn set_origin(sk: *mut bpf_sock, mut origin: Origin) -> bool {
-    match storage_or_insert(&MR_ORIGINS, sk, &mut origin) {
-        Some(held) => {
-            *held = origin;
-            true
-        }
-        None => false,
-    }
+pub fn set_origin(socket: u64, origin: &Origin) -> bool {
+    MR_ORIGINS.insert(socket, origin, 0).is_ok()
 }
 
-/// Makes a socket carry no origin.
+/// Forgets the origin of a client's socket.
 #[inline(always)]
-pub fn clear_origin(sk: *mut bpf_sock) {
-    // SAFETY: the verifier accepts only the socket that the context gave.
-    unsafe { bpf_sk_storage_delete(map_ptr(&MR_ORIGINS), sk.cast()) };
+pub fn clear_origin(socket: u64) {
+    let _absent_is_fine = MR_ORIGINS.remove(socket);
 }
 
 /// The mark of a listener of the proxy.
 #[inline(always)]
 pub fn listener(sk: *mut bpf_sock) -> Option<&'static mut Listener> {
-    storage(&MR_LISTENERS, sk)
+    listener_storage(sk, core::ptr::null_mut(), 0)
 }
 
 /// Marks a listener as the proxy's, with the time of its heartbeat.
 #[inline(always)]
 pub fn mark_listener(sk: *mut bpf_sock, heartbeat_ns: u64) {
     let mut mark = Listener { heartbeat_ns };
-    if let Some(listener) = storage_or_insert(&MR_LISTENERS, sk, &mut mark) {
+    if let Some(listener) = listener_storage(sk, &raw mut mark, BPF_SK_STORAGE_GET_F_CREATE.into()) {
         listener.heartbeat_ns = heartbeat_ns;
     }
 }
 
-/// Leaves an origin for the proxy to pick up.
 #[inline(always)]
-pub fn begin_handshake(handshake: &Handshake, origin: &Origin) -> bool {
-    MR_HANDSHAKES.insert(handshake, origin, 0).is_ok()
+fn listener_storage(sk: *mut bpf_sock, value: *mut Listener, flags: u64) -> Option<&'static mut Listener> {
+    let map = core::ptr::from_ref(&MR_LISTENERS).cast_mut().cast();
+    // SAFETY: the verifier accepts only a socket that is held; the value is copied; storage lives as long as its socket.
+    unsafe { bpf_sk_storage_get(map, sk.cast(), value.cast(), flags).cast::<Listener>().as_mut() }
 }
 
-/// Picks up the origin that a client left.
+/// Lets the proxy find the origin of a connection that is about to reach it; false when there is no room for it.
 #[inline(always)]
-pub fn take_handshake(handshake: &Handshake) -> Option<Origin> {
-    // SAFETY: copied at once; the connection's two ends are the only ones that name this entry.
-    let origin = unsafe { MR_HANDSHAKES.get(handshake) }.copied();
-    forget_handshake(handshake);
-    origin
+pub fn add_connection(ends: &Ends, origin: &Origin) -> bool {
+    let connection = Connection { origin: *origin, accepted: 0, reserved: 0 };
+    MR_CONNECTIONS.insert(ends, connection, 0).is_ok()
 }
 
-/// Drops what nobody will pick up any more.
+/// A connection between a client and the proxy.
 #[inline(always)]
-pub fn forget_handshake(handshake: &Handshake) {
-    let _absent_is_fine = MR_HANDSHAKES.remove(handshake);
+pub fn connection(ends: &Ends) -> Option<&'static mut Connection> {
+    // SAFETY: written by one end at a time: the client's until it is accepted, then the proxy's.
+    MR_CONNECTIONS.get_ptr_mut(ends).map(|connection| unsafe { &mut *connection })
 }
 
-/// Address of a map as helpers want it.
-fn map_ptr<T>(map: &'static SkStorage<T>) -> *mut core::ffi::c_void {
-    core::ptr::from_ref(map).cast_mut().cast()
-}
-
+/// Forgets a connection.
 #[inline(always)]
-fn storage<T>(map: &'static SkStorage<T>, sk: *mut bpf_sock) -> Option<&'static mut T> {
-    // SAFETY: the verifier accepts only a socket that is held; storage lives as long as its socket.
-    unsafe { bpf_sk_storage_get(map_ptr(map), sk.cast(), core::ptr::null_mut(), 0).cast::<T>().as_mut() }
-}
-
-#[inline(always)]
-fn storage_or_insert<T>(
-    map: &'static SkStorage<T>,
-    sk: *mut bpf_sock,
-    value: &mut T,
-) -> Option<&'static mut T> {
-    let value = core::ptr::from_mut(value).cast();
-    // SAFETY: as above; the value is copied by the helper.
-    unsafe {
-        bpf_sk_storage_get(map_ptr(map), sk.cast(), value, BPF_SK_STORAGE_GET_F_CREATE.into())
-            .cast::<T>()
-            .as_mut()
-    }
+pub fn remove_connection(ends: &Ends) {
+    let _absent_is_fine = MR_CONNECTIONS.remove(ends);
 }

@@ -1,8 +1,8 @@
-//! How an origin travels from the client's socket to the one that the proxy accepts, and how the proxy reads it.
+//! How the proxy learns the origin of a connection.
 //!
-//! The client's port is known only when its SYN is about to leave, and the proxy's socket exists only when the
-//! handshake ends; between the two the origin waits under the connection's addresses. Both ends then carry it
-//! themselves, and it goes with them.
+//! The client's port is known only when its SYN is about to leave: from then on the origin stands under the
+//! connection's two ends, where the proxy's side finds it. Until the handshake is over the entry is the client's to
+//! remove; afterwards it is the proxy's, since a client may close long before the proxy asks.
 
 use crate::{context, maps};
 use agent_ebpf::{
@@ -24,8 +24,8 @@ const DONE: u32 = 1;
 #[inline(always)]
 pub fn client_event(ctx: &SockOpsContext) -> u32 {
     match ctx.op() {
-        BPF_SOCK_OPS_TCP_CONNECT_CB => hand_over(ctx),
-        BPF_SOCK_OPS_STATE_CB if ctx.arg(1) == BPF_TCP_CLOSE => give_up(ctx),
+        BPF_SOCK_OPS_TCP_CONNECT_CB => set_out(ctx),
+        BPF_SOCK_OPS_STATE_CB if ctx.arg(1) == BPF_TCP_CLOSE => client_closes(ctx),
         _ => {}
     }
     DONE
@@ -35,7 +35,10 @@ pub fn client_event(ctx: &SockOpsContext) -> u32 {
 #[inline(always)]
 pub fn proxy_event(ctx: &SockOpsContext) -> u32 {
     match ctx.op() {
-        BPF_SOCK_OPS_PASSIVE_ESTABLISHED_CB => take_over(ctx),
+        BPF_SOCK_OPS_PASSIVE_ESTABLISHED_CB => arrive(ctx),
+        BPF_SOCK_OPS_STATE_CB if ctx.arg(1) == BPF_TCP_CLOSE => {
+            maps::remove_connection(&context::ends_at_proxy(ctx));
+        }
         BPF_SOCK_OPS_TCP_LISTEN_CB => {
             if let Some(sk) = context::socket(ctx) {
                 maps::mark_listener(sk, 0);
@@ -47,65 +50,78 @@ pub fn proxy_event(ctx: &SockOpsContext) -> u32 {
 }
 
 #[inline(always)]
-fn hand_over(ctx: &SockOpsContext) {
-    let Some(sk) = context::socket(ctx) else { return };
-    let Some(origin) = maps::origin(sk) else { return };
-    if maps::begin_handshake(&context::handshake_of_client(ctx, origin.family), origin) {
-        // So that the entry goes when the connection never comes to be.
-        let _a_flag_the_kernel_knows = ctx.set_cb_flags(BPF_SOCK_OPS_STATE_CB_FLAG as i32);
+fn set_out(ctx: &SockOpsContext) {
+    let Some(origin) = maps::origin(context::cookie(ctx)) else { return };
+    if maps::add_connection(&context::ends_at_client(ctx, origin.family), origin) {
+        tell_state(ctx);
     } else {
         maps::count(origin.service, |counters| &mut counters.errors);
     }
 }
 
 #[inline(always)]
-fn give_up(ctx: &SockOpsContext) {
-    let Some(sk) = context::socket(ctx) else { return };
-    let Some(origin) = maps::origin(sk) else { return };
-    maps::forget_handshake(&context::handshake_of_client(ctx, origin.family));
+fn client_closes(ctx: &SockOpsContext) {
+    let cookie = context::cookie(ctx);
+    let Some(origin) = maps::origin(cookie) else { return };
+    let ends = context::ends_at_client(ctx, origin.family);
+    maps::clear_origin(cookie);
+    if maps::connection(&ends).is_some_and(|connection| connection.accepted == 0) {
+        maps::remove_connection(&ends);
+    }
 }
 
 #[inline(always)]
-fn take_over(ctx: &SockOpsContext) {
-    let Some(sk) = context::socket(ctx) else { return };
-    let Some(origin) = maps::take_handshake(&context::handshake_of_proxy(ctx)) else { return };
-    if !maps::set_origin(sk, origin) {
-        maps::count(origin.service, |counters| &mut counters.errors);
+fn arrive(ctx: &SockOpsContext) {
+    if let Some(connection) = maps::connection(&context::ends_at_proxy(ctx)) {
+        connection.accepted = 1;
+        tell_state(ctx);
     }
+}
+
+/// Asks for events when the state changes, so that the entries go with their sockets.
+#[inline(always)]
+fn tell_state(ctx: &SockOpsContext) {
+    let _a_flag_the_kernel_knows = ctx.set_cb_flags(BPF_SOCK_OPS_STATE_CB_FLAG as i32);
 }
 
 /// `getsockopt` of the proxy: answers the options of this project and leaves every other one alone.
 #[inline(always)]
 pub fn getsockopt(ctx: &SockoptContext) -> i32 {
-    let (sk, level, name) = context::option(ctx);
-    match (level, name) {
+    match context::option(ctx) {
         (SOL_MESH_REDIRECT, MESH_REDIRECT_HEARTBEAT) => {
             // SAFETY: takes nothing and returns a number.
-            maps::mark_listener(sk, unsafe { bpf_ktime_get_ns() });
+            maps::mark_listener(context::asked(ctx), unsafe { bpf_ktime_get_ns() });
             context::answer(ctx, &());
         }
         (SOL_IP, SO_ORIGINAL_DST) => {
-            if let Some(origin) = maps::origin(sk)
+            if let Some(origin) = origin(ctx)
                 && origin.family == AF_INET
             {
                 context::answer(ctx, &SockaddrIn::of(origin));
             }
         }
         (SOL_IPV6, SO_ORIGINAL_DST) => {
-            if let Some(origin) = maps::origin(sk)
+            if let Some(origin) = origin(ctx)
                 && origin.family == AF_INET6
             {
                 context::answer(ctx, &SockaddrIn6::of(origin));
             }
         }
         (SOL_MESH_REDIRECT, MESH_REDIRECT_ORIGIN) => {
-            if let Some(origin) = maps::origin(sk) {
+            if let Some(origin) = origin(ctx) {
                 context::answer(ctx, &whole(origin));
             }
         }
         _ => {}
     }
     1
+}
+
+/// The origin of an accepted connection.
+#[inline(always)]
+fn origin(ctx: &SockoptContext) -> Option<&'static Origin> {
+    let connection = maps::connection(&context::ends_of_asked(ctx))?;
+    (connection.accepted != 0).then_some(&connection.origin)
 }
 
 #[inline(always)]

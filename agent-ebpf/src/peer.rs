@@ -27,6 +27,6 @@ pub fn getpeername6(ctx: &SockAddrContext) -> i32 {
 
 #[inline(always)]
 fn asked(ctx: &SockAddrContext) -> Option<Destination> {
-    let Origin { family, port, addr, .. } = *maps::origin(context::client(ctx))?;
+    let Origin { family, port, addr, .. } = *maps::origin(context::cookie(ctx))?;
     Some(Destination { family, port, addr })
 }

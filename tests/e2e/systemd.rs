@@ -74,7 +74,7 @@ impl<'s> Shop<'s> {
 
     fn uninstall(&self) {
         self.run("systemctl stop shop mesh-proxy mesh-redirect && mesh-redirect cleanup");
-        xtask("uninstall", self.machine.root(), &[]);
+        xtask("uninstall", self.machine.root(), &["--purge"]);
         self.run("systemctl daemon-reload");
     }
 

@@ -1,6 +1,8 @@
 //! What is not routed is relayed as bytes to where it was going.
 
-use tests::{Counters, Mesh, ORIGIN, ORIGIN_V6, Place, Sandbox, Upstream, ask_with};
+use std::time::Duration;
+
+use tests::{Counters, Mesh, ORIGIN, ORIGIN_V6, Place, Sandbox, Upstream, ask_with, eventually};
 
 scenarios![
     a_half_closed_connection_is_relayed_to_the_end,
@@ -8,6 +10,7 @@ scenarios![
     a_server_that_speaks_first_is_heard,
     a_connection_to_a_closed_port_is_reset,
     a_request_for_an_unknown_host_passes_untouched,
+    what_a_client_sends_before_it_closes_arrives_where_it_was_going,
 ];
 
 fn a_half_closed_connection_is_relayed_to_the_end(sandbox: &Sandbox) {
@@ -62,6 +65,17 @@ fn a_request_for_an_unknown_host_passes_untouched(sandbox: &Sandbox) {
     assert_eq!(head(), direct);
     assert_eq!(mesh.agent.counters("shop").steered, 1);
     assert_eq!(mesh.origin.requests(), 2);
+}
+
+/// The proxy accepts only when the client is long gone.
+fn what_a_client_sends_before_it_closes_arrives_where_it_was_going(sandbox: &Sandbox) {
+    let mesh = Mesh::enabled(sandbox, "");
+    let other = Upstream::http(sandbox, "other", &[&format!("{ORIGIN}:8090")]);
+    mesh.proxy.freeze();
+    sandbox.peer(Place::Shop).args(["throw", &format!("{ORIGIN}:8090")]).run().ok();
+    mesh.proxy.thaw();
+    eventually("the request arrives", Duration::from_secs(5), || other.requests() == 1);
+    assert_eq!(mesh.agent.counters("shop"), Counters { steered: 1, ..Counters::default() });
 }
 
 /// The shop sends so many bytes, closes its half, and gets them back with the echo's last words.

@@ -4,7 +4,7 @@ use std::env;
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
-use std::sync::LazyLock;
+use std::sync::{LazyLock, OnceLock};
 
 use nix::mount::{MsFlags, mount};
 use nix::unistd::Uid;
@@ -44,21 +44,24 @@ fn mount_bpffs() {
         .expect("the end-to-end tests need bpffs: mount -t bpf bpf /sys/fs/bpf");
 }
 
-/// Where the binaries under test are: in `MESH_REDIRECT_BIN_DIR`, else where cargo put this test's own.
-pub fn binaries() -> PathBuf {
-    env::var_os("MESH_REDIRECT_BIN_DIR").map_or_else(built_here, PathBuf::from)
+static BINARIES: OnceLock<PathBuf> = OnceLock::new();
+
+/// Says where the binaries are, which the demo and the benches have built elsewhere than they run.
+pub fn use_binaries(folder: PathBuf) {
+    BINARIES.set(folder).expect("the binaries' folder is not in use yet");
 }
 
-/// A binary under test.
-pub(crate) fn binary(name: &str) -> PathBuf {
+/// Where the binaries under test and the tests' own peer are: in `MESH_REDIRECT_BIN_DIR`, else where cargo put this
+/// test.
+pub fn binaries() -> &'static Path {
+    BINARIES.get_or_init(|| env::var_os("MESH_REDIRECT_BIN_DIR").map_or_else(built_here, PathBuf::from))
+}
+
+/// A binary of this workspace.
+pub fn binary(name: &str) -> PathBuf {
     let path = binaries().join(name);
-    assert!(path.is_file(), "{} is missing: cargo build --profile fast -p agent -p proxy", path.display());
+    assert!(path.is_file(), "{} is missing: cargo build --workspace --profile fast", path.display());
     path
-}
-
-/// The tests' own other end, which cargo builds together with them.
-pub(crate) fn peer() -> PathBuf {
-    built_here().join("peer")
 }
 
 /// `target/PROFILE`, seen from `target/PROFILE/deps/e2e-HASH`.

@@ -1,9 +1,10 @@
 //! Starting programs inside a sandbox.
 
 use std::fs::{self, File};
+use std::io::{BufRead, BufReader, Write};
 use std::os::unix::process::ExitStatusExt;
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, ExitStatus, Stdio};
+use std::process::{Child, ChildStdout, Command, ExitStatus, Stdio};
 use std::sync::mpsc;
 use std::thread;
 use std::time::Duration;
@@ -69,9 +70,18 @@ impl<'s> Program<'s> {
         Running { child: self.spawn(), shown: self.shown }
     }
 
+    /// Starts it, to be asked line by line.
+    #[track_caller]
+    pub fn converse(mut self) -> Conversation {
+        self.command.stdin(Stdio::piped()).stdout(Stdio::piped());
+        let mut child = self.spawn();
+        let answers = BufReader::new(child.stdout.take().expect("a pipe"));
+        Conversation { child, answers, shown: self.shown }
+    }
+
     /// Starts it as a server that writes to a log.
     #[track_caller]
-    pub(crate) fn serve(mut self, log: PathBuf) -> Process {
+    pub fn serve(mut self, log: PathBuf) -> Process {
         let file = File::options().create(true).append(true).open(&log).expect("open a log");
         self.command.stdout(file.try_clone().expect("duplicate a descriptor")).stderr(file);
         Process { child: self.spawn(), shown: self.shown, log }
@@ -161,6 +171,36 @@ impl Finished {
     }
 }
 
+/// A program that answers each line with a line, and is killed when dropped.
+#[derive(Debug)]
+pub struct Conversation {
+    child: Child,
+    answers: BufReader<ChildStdout>,
+    shown: String,
+}
+
+impl Conversation {
+    /// Says a line and waits for the answer.
+    ///
+    /// # Panics
+    /// When the program has ended instead.
+    #[track_caller]
+    pub fn ask(&mut self, line: &str) -> String {
+        let said = self.child.stdin.as_mut().map(|stdin| writeln!(stdin, "{line}"));
+        let mut answer = String::new();
+        let heard = self.answers.read_line(&mut answer);
+        assert!(matches!((&said, &heard), (Some(Ok(())), Ok(1..))), "{}: {said:?}, {heard:?}", self.shown);
+        answer
+    }
+}
+
+impl Drop for Conversation {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
 /// A server that runs until its guard is dropped.
 #[derive(Debug)]
 pub struct Process {
@@ -200,7 +240,7 @@ impl Process {
     /// # Panics
     /// When it ends instead, or does not get ready.
     #[track_caller]
-    pub(crate) fn wait_until(&mut self, mut ready: impl FnMut(&Self) -> bool) {
+    pub fn wait_until(&mut self, mut ready: impl FnMut(&Self) -> bool) {
         let outcome = wait_for(PATIENCE, || match self.child.try_wait() {
             Ok(None) => ready(self).then_some(Ok(())),
             ended => Some(Err(format!("{ended:?}"))),

@@ -110,6 +110,11 @@ impl Metrics {
         Self(admin(sandbox, "/metrics").expect("the proxy's metrics").body)
     }
 
+    /// As the proxy wrote them.
+    pub fn text(&self) -> &str {
+        &self.0
+    }
+
     /// The sum over every series of a metric whose line has all these labels (`kind="steered"`).
     pub fn sum(&self, name: &str, labels: &[&str]) -> f64 {
         let lines = self.0.lines().filter(|line| line.split(['{', ' ']).next() == Some(name));

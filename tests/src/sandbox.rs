@@ -91,7 +91,7 @@ impl Sandbox {
 
     /// The tests' own program, to be started in `place`.
     pub fn peer(&self, place: Place) -> Program<'_> {
-        self.program(place, host::peer())
+        self.program(place, host::binary("peer"))
     }
 
     /// Connects, or does whatever else, where the service and the proxy are.

@@ -22,14 +22,24 @@ enum Compiler {
 }
 
 /// What is missing.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Missing {
-    what: Vec<&'static str>,
+    /// A compiler with the sources of `core`.
+    pub(crate) compiler: bool,
+    /// The linker.
+    pub(crate) linker: bool,
 }
 
 impl fmt::Display for Missing {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "the eBPF programs cannot be compiled: {}; run `cargo xtask setup`", self.what.join("; "))
+        f.write_str("the eBPF programs cannot be compiled: ")?;
+        if self.compiler {
+            f.write_str("no compiler with the sources of core (rustup's nightly with rust-src, or Debian's rustc-web, cargo-web and rust-web-src); ")?;
+        }
+        if self.linker {
+            f.write_str("no bpf-linker in PATH or Cargo's bin directory; ")?;
+        }
+        f.write_str("run `cargo xtask setup`")
     }
 }
 
@@ -44,16 +54,7 @@ pub(crate) fn find() -> Result<Toolchain, Missing> {
     };
     match (compiler, linker()) {
         (Some(compiler), Some(linker)) => Ok(Toolchain { compiler, linker }),
-        (compiler, linker) => {
-            let mut what = Vec::new();
-            if compiler.is_none() {
-                what.push("no compiler with the sources of core (rustup's nightly with rust-src, or Debian's rustc-web with rust-web-src)");
-            }
-            if linker.is_none() {
-                what.push("no bpf-linker in PATH or Cargo's bin directory");
-            }
-            Err(Missing { what })
-        }
+        (compiler, linker) => Err(Missing { compiler: compiler.is_none(), linker: linker.is_none() }),
     }
 }
 

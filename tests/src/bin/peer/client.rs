@@ -62,6 +62,11 @@ pub(crate) fn dribble(address: SocketAddr) -> anyhow::Result<()> {
     Ok(())
 }
 
+/// Does not wait for anybody; asks for a host that no proxy knows.
+pub(crate) fn throw(address: SocketAddr) -> anyhow::Result<()> {
+    Ok(TcpStream::connect(address)?.write_all(http::request("nobody", "/thrown").as_bytes())?)
+}
+
 /// Sends, closes its half, and reads on until the echo has closed the other.
 pub(crate) fn half_close(address: SocketAddr, bytes: usize) -> anyhow::Result<()> {
     let sent: Vec<u8> = (0..bytes).map(pattern).collect();
@@ -109,6 +114,25 @@ pub(crate) fn datagram(address: SocketAddr) -> anyhow::Result<()> {
     let length = socket.recv(&mut buffer)?;
     println!("{} {}", socket.peer_addr()?, String::from_utf8_lossy(&buffer[..length]));
     Ok(())
+}
+
+/// Measures `connect()` alone. A connection ends with a reset, so that no port stays in use.
+pub(crate) fn time_connects(address: SocketAddr) -> anyhow::Result<()> {
+    for line in io::stdin().lines() {
+        let times: Vec<String> =
+            (0..line?.trim().parse()?).map(|_| time_connect(address)).collect::<io::Result<_>>()?;
+        println!("{}", times.join(" "));
+    }
+    Ok(())
+}
+
+fn time_connect(address: SocketAddr) -> io::Result<String> {
+    let socket = Socket::new(Domain::for_address(address), Type::STREAM, None)?;
+    socket.set_linger(Some(Duration::ZERO))?;
+    let target = address.into();
+    let begun = Instant::now();
+    socket.connect(&target)?;
+    Ok(begun.elapsed().as_nanos().to_string())
 }
 
 /// A few clients, each of which connects anew for every request.

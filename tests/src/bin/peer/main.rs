@@ -6,6 +6,7 @@
 //!     peer echo ADDRESS           returns every byte, and after the last one says how many there were
 //!     peer greet ADDRESS          speaks first
 //!     peer datagrams ADDRESS      returns every datagram
+//!     peer sink ADDRESS           closes every connection, and says nothing of them
 //!
 //! Clients, which say what they saw:
 //!
@@ -13,7 +14,9 @@
 //!     peer dribble ADDRESS                                 who answers a request that comes a byte at a time
 //!     peer half-close ADDRESS BYTES                        what an echo says after the last byte
 //!     peer datagram ADDRESS                                whom a UDP socket is connected to, and what comes back
+//!     peer throw ADDRESS                                   nothing: it sends a request and closes at once
 //!     peer hello ADDRESS                                   how a greeter greets and answers
+//!     peer time-connects ADDRESS                           for each number that it reads, as many connects' nanoseconds
 //!     peer load ADDRESS CLIENTS MILLISECONDS               how often each server answered, as JSON
 
 mod client;
@@ -46,11 +49,14 @@ fn run(args: &[&str]) -> anyhow::Result<()> {
         ["echo", address] => server::serve(&[address], server::echo),
         ["greet", address] => server::serve(&[address], server::greet),
         ["datagrams", address] => server::datagrams(address),
+        ["sink", address] => server::sink(address),
         ["datagram", address] => client::datagram(address.parse()?),
         ["connect", options @ .., address] => client::connect(address.parse()?, options),
         ["dribble", address] => client::dribble(address.parse()?),
         ["half-close", address, bytes] => client::half_close(address.parse()?, bytes.parse()?),
         ["hello", address] => client::hello(address.parse()?),
+        ["throw", address] => client::throw(address.parse()?),
+        ["time-connects", address] => client::time_connects(address.parse()?),
         ["load", address, clients, milliseconds] => {
             client::load(address.parse()?, clients.parse()?, milliseconds.parse()?)
         }

@@ -43,6 +43,15 @@ fn accept(
     }
 }
 
+/// Takes connections as fast as they come and drops them.
+pub(crate) fn sink(address: &str) -> anyhow::Result<()> {
+    let listener = TcpListener::bind(address)?;
+    println!("listening");
+    loop {
+        drop(listener.accept());
+    }
+}
+
 /// HTTP/1.1 with keep-alive. `/head` is answered with the request's head as it came, `/slow` takes its time in the
 /// middle of the body, and everything else is answered with the name.
 pub(crate) fn http(stream: &TcpStream, name: &str) -> io::Result<()> {

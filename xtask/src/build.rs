@@ -1,0 +1,61 @@
+//! Cargo, for everything here.
+
+use anyhow::{Context as _, ensure};
+use std::{
+    env,
+    path::{Path, PathBuf},
+    process::Command,
+    time::Instant,
+};
+
+/// What tests, demo and benches run: the profile's name, which is its folder's too.
+pub(crate) const PROFILE: &str = "fast";
+
+/// The root of the workspace.
+pub(crate) fn workspace() -> &'static Path {
+    Path::new(env!("CARGO_MANIFEST_DIR")).parent().unwrap_or(Path::new("."))
+}
+
+/// Where cargo puts the binaries of a profile.
+pub(crate) fn binaries(profile: &str) -> PathBuf {
+    let target = env::var_os("CARGO_TARGET_DIR").map_or_else(|| "target".into(), PathBuf::from);
+    workspace().join(target).join(profile)
+}
+
+/// A call of the Cargo that runs this.
+pub(crate) fn cargo(args: &[&str]) -> Command {
+    let mut command = Command::new(env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
+    command.args(args).current_dir(workspace());
+    command
+}
+
+/// Builds every binary in the profile that tests, demo and benches run.
+pub(crate) fn everything() -> anyhow::Result<PathBuf> {
+    run(cargo(&["build", "--workspace", "--locked", "--profile", PROFILE]))?;
+    Ok(binaries(PROFILE))
+}
+
+/// Runs a command to its end; what it says goes to the terminal.
+pub(crate) fn run(mut command: Command) -> anyhow::Result<()> {
+    let status = command.status().with_context(|| format!("start {command:?}"))?;
+    ensure!(status.success(), "{command:?}: {status}");
+    Ok(())
+}
+
+/// Does a part of a task under a heading, and tells how long it took.
+pub(crate) fn step<T>(title: &str, part: impl FnOnce() -> anyhow::Result<T>) -> anyhow::Result<T> {
+    println!("── {title}");
+    let begun = Instant::now();
+    let done = part()?;
+    println!("   {title}: {:.1} s", begun.elapsed().as_secs_f64());
+    Ok(done)
+}
+
+/// Fails where the caller is not root, whom namespaces and eBPF need.
+pub(crate) fn require_root(task: &str) -> anyhow::Result<()> {
+    ensure!(
+        nix::unistd::geteuid().is_root(),
+        "{task} needs root, for network namespaces, cgroups and eBPF: run it as root, with cargo in PATH"
+    );
+    Ok(())
+}
