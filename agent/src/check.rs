@@ -69,7 +69,7 @@ fn cgroup2() -> Line {
 
 fn privileges() -> Line {
     let result = match probe::missing_capabilities() {
-        Ok(missing) if missing.is_empty() => Ok("CAP_BPF and CAP_NET_ADMIN".to_owned()),
+        Ok(missing) if missing.is_empty() => Ok("CAP_BPF, CAP_NET_ADMIN and CAP_PERFMON".to_owned()),
         Ok(missing) => Err(format!("{} missing", missing.join(" and "))),
         Err(error) => Err(format!("read /proc/self/status: {error}")),
     };

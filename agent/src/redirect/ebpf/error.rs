@@ -10,7 +10,7 @@ pub(crate) enum Error {
     #[error("load the eBPF programs: {0}{hint}", hint = load_hint(.0))]
     Load(Box<aya::EbpfError>),
     /// The verifier refused a program, or the kernel does not know its type.
-    #[error("load the eBPF program {name}: {cause}")]
+    #[error("load the eBPF program {name}: {}", refusal(.cause))]
     Program {
         /// Which.
         name: &'static str,
@@ -85,6 +85,23 @@ fn load_hint(error: &aya::EbpfError) -> &'static str {
     } else {
         ""
     }
+}
+
+/// The verifier tells every step it took, and at the end what it did not like.
+fn refusal(error: &aya::programs::ProgramError) -> String {
+    const LAST_LINES: usize = 5;
+    let aya::programs::ProgramError::LoadError { io_error, verifier_log } = error else {
+        return error.to_string();
+    };
+    let log = verifier_log.to_string();
+    let mut last: Vec<&str> = log.lines().rev().filter(|line| !line.is_empty()).take(LAST_LINES).collect();
+    last.reverse();
+    let hint = match io_error.raw_os_error() {
+        Some(libc::EPERM | libc::EACCES) => "; are CAP_BPF, CAP_NET_ADMIN and CAP_PERFMON there?",
+        _ => "",
+    };
+    let said = if last.is_empty() { String::new() } else { format!("; the verifier: {}", last.join(" | ")) };
+    format!("{io_error}{hint}{said}")
 }
 
 fn attach_hint(error: &io::Error) -> &'static str {
