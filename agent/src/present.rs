@@ -36,34 +36,21 @@ fn service_rows(service: &api::Service) -> Vec<[String; 9]> {
     let scope = |scope: &api::Scope| {
         if scope.attached { scope.cgroup.clone() } else { format!("{} (not attached)", scope.cgroup) }
     };
-    let mut scopes: Vec<String> = service.scopes.iter().map(scope).collect();
-    if scopes.is_empty() {
-        scopes.push("(not running)".to_owned());
-    }
+    let mut scopes = service.scopes.iter().map(scope);
     let api::Counters { steered, passed_by_rule, passed_proxy_absent, refused, errors } = service.counters;
-    let counters =
+    let [steered, by_rule, absent, refused, errors] =
         [steered, passed_by_rule, passed_proxy_absent, refused, errors].map(|count| count.to_string());
-    let mut rows = Vec::new();
-    for (index, scope) in scopes.into_iter().enumerate() {
-        if index > 0 {
-            rows.push([
-                "".into(),
-                scope,
-                "".into(),
-                "".into(),
-                "".into(),
-                "".into(),
-                "".into(),
-                "".into(),
-                "".into(),
-            ]);
-            continue;
-        }
-        let [steered, by_rule, absent, refused, errors] = counters.clone();
-        let (name, failure) = (service.name.clone(), service.failure.clone());
-        rows.push([name, scope, failure, steered, by_rule, absent, refused, errors, utc(service.since)]);
-    }
-    rows
+    // One that is not enabled is here for commands that run as it.
+    let name = if service.enabled { service.name.clone() } else { format!("{} (commands)", service.name) };
+    let since = utc(service.since);
+    let scope = scopes.next().unwrap_or_else(|| "(not running)".to_owned());
+    let first = [name, scope, service.failure.clone(), steered, by_rule, absent, refused, errors, since];
+    let further = scopes.map(|scope| {
+        let mut row: [String; 9] = Default::default();
+        row[1] = scope;
+        row
+    });
+    [first].into_iter().chain(further).collect()
 }
 
 fn table<const N: usize>(rows: &[[String; N]]) -> String {

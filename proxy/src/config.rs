@@ -220,14 +220,12 @@ impl RawVirtualHost {
     ) -> Result<VirtualHost, Fault> {
         if !clusters.contains(&self.cluster.value) {
             let known: Vec<&str> = clusters.iter().map(String::as_str).collect();
-            return fault(
-                &self.cluster,
-                format!(
-                    "there is no cluster `{}`; expected one of: {}",
-                    self.cluster.value,
-                    known.join(", ")
-                ),
-            );
+            let expected = if known.is_empty() {
+                "none is defined".to_owned()
+            } else {
+                format!("expected one of: {}", known.join(", "))
+            };
+            return fault(&self.cluster, format!("there is no cluster `{}`; {expected}", self.cluster.value));
         }
         if self.domains.value.is_empty() {
             return fault(

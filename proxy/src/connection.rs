@@ -113,7 +113,7 @@ async fn dial(
         Ok(upstream) => Some(upstream),
         Err(error) => {
             tracing::debug!(%destination, "dial: {error}");
-            context.metrics.tunnel(service, "not connected");
+            context.metrics.tunnel(service, "not_connected");
             tunnel::reset(client);
             None
         }
