@@ -7,8 +7,9 @@ use crate::{
     build::{self, step},
     setup,
 };
+use anyhow::Context as _;
 use clap::{Args, Subcommand};
-use std::path::PathBuf;
+use std::{fs::File, path::PathBuf};
 
 /// What can be measured.
 #[derive(Debug, Subcommand)]
@@ -25,14 +26,21 @@ struct Output {
     json: Option<PathBuf>,
 }
 
-/// Sets up, builds, measures and reports.
+/// Sets up, builds, measures and reports. A file that cannot be written is found before anything is measured.
 pub(crate) fn run(bench: &Bench) -> anyhow::Result<()> {
     build::require_root("`cargo xtask bench`")?;
+    let Bench::Connect(connect) = bench;
+    let json = connect.output.create()?;
     step("set-up", || setup::ensure(setup::For::Demo))?;
     tests::use_binaries(step("build", build::everything)?);
-    let (report, output) = match bench {
-        Bench::Connect(connect) => (connect.measure(), &connect.output),
-    };
+    let report = connect.measure();
     print!("\n{report}");
-    output.json.as_deref().map_or(Ok(()), |file| report.write(file))
+    json.map_or(Ok(()), |file| report.write(file))
+}
+
+impl Output {
+    fn create(&self) -> anyhow::Result<Option<File>> {
+        let create = |file: &PathBuf| File::create(file).with_context(|| format!("write {}", file.display()));
+        self.json.as_ref().map(create).transpose()
+    }
 }

@@ -16,8 +16,8 @@ const WARM_UP: usize = 5;
 #[derive(Debug, Args)]
 pub(crate) struct Connect {
     /// Connects of each kind
-    #[arg(long, default_value_t = 20_000)]
-    connects: usize,
+    #[arg(long, default_value_t = 20_000, value_parser = clap::value_parser!(u32).range(1..=10_000_000))]
+    connects: u32,
     #[command(flatten)]
     pub(super) output: Output,
 }
@@ -61,7 +61,7 @@ impl Connect {
 
         let cases = cases();
         let mut clients = cases.each_ref().map(|case| client(&sandbox, case));
-        let batches = self.connects.div_ceil(BATCH);
+        let batches = (self.connects as usize).div_ceil(BATCH);
         let mut times = cases.each_ref().map(|_| Vec::new());
         for batch in 0..WARM_UP + batches {
             for (client, times) in clients.iter_mut().zip(&mut times) {

@@ -1,8 +1,7 @@
 //! Rows of figures, for people and for programs.
 
-use anyhow::Context as _;
 use serde::Serialize;
-use std::{fmt, fs, path::Path};
+use std::{fmt, fs::File, io::Write as _};
 
 /// One figure.
 #[derive(Clone, Debug, PartialEq, Serialize)]
@@ -29,9 +28,9 @@ pub(super) struct Report {
 
 impl Report {
     /// Writes the rows as JSON.
-    pub(super) fn write(&self, file: &Path) -> anyhow::Result<()> {
-        let json = serde_json::to_string_pretty(&self.rows)?;
-        fs::write(file, json + "\n").with_context(|| format!("write {}", file.display()))
+    pub(super) fn write(&self, mut file: File) -> anyhow::Result<()> {
+        serde_json::to_writer_pretty(&file, &self.rows)?;
+        Ok(writeln!(file)?)
     }
 }
 
