@@ -131,7 +131,7 @@ impl<'s> Machine<'s> {
     /// Runs a shell command as the machine's root.
     #[track_caller]
     pub fn run(&self, command: &str) -> Finished {
-        let namespaces = ["--mount", "--uts", "--ipc", "--net", "--pid", "--cgroup"];
+        let namespaces = ["--mount", "--uts", "--ipc", "--net", "--pid", "--cgroup", "--root"];
         let nsenter = self.sandbox.program(Place::Outside, "nsenter").args(["--target", &self.leader]);
         nsenter.args(namespaces).args(["--", "sh", "-c", command]).run()
     }
