@@ -45,12 +45,13 @@ impl fmt::Display for Missing {
 
 impl std::error::Error for Missing {}
 
-/// Finds one, rustup's first.
+/// Finds one, Debian's first: a linker reads what compilers of its own and of older LLVM versions write, and Debian's is
+/// never the newest.
 pub(crate) fn find() -> Result<Toolchain, Missing> {
-    let compiler = if nightly_has_sources() {
-        Some(Compiler::RustupNightly)
+    let compiler = if debian_has_sources() {
+        Some(Compiler::Debian)
     } else {
-        debian_has_sources().then_some(Compiler::Debian)
+        nightly_has_sources().then_some(Compiler::RustupNightly)
     };
     match (compiler, linker()) {
         (Some(compiler), Some(linker)) => Ok(Toolchain { compiler, linker }),

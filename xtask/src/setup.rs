@@ -65,9 +65,8 @@ pub(crate) fn ensure(purpose: For) -> anyhow::Result<()> {
 fn ebpf_toolchain() -> anyhow::Result<()> {
     let Err(missing) = ebpf_toolchain::find() else { return Ok(()) };
     println!("   the eBPF toolchain is not complete; installing it takes one to three minutes");
-    if missing.compiler {
-        apt_install(COMPILER)?;
-    }
+    // Also when rustup's nightly has the sources: it may be newer than the LLVM that the linker is built with.
+    apt_install(COMPILER)?;
     if missing.linker {
         apt_install(LLVM)?;
         install_linker()?;
