@@ -126,7 +126,7 @@ fn proxy_attached(config: &Config) -> Line {
         probe::cgroup2_mount().map(Workloads::new).map(|mut workloads| workloads.cgroup(&config.proxy.scope));
     let result = match found {
         Ok(Some(cgroup)) => Ok(format!("in {cgroup}")),
-        Ok(None) => Err(format!("{:?} does not exist now", config.proxy.scope)),
+        Ok(None) => Err(format!("{} does not run", config.proxy.scope)),
         Err(error) => Err(error.to_string()),
     };
     Line::wanted(

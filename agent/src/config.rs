@@ -6,7 +6,7 @@ use raw::{RawCapture, RawConfig, RawService};
 use serde_saphyr::{Location, Spanned};
 use std::{
     collections::BTreeMap,
-    fs, io,
+    fmt, fs, io,
     path::{Path, PathBuf},
 };
 
@@ -55,6 +55,15 @@ pub(crate) enum Scope {
     Cgroup(String),
     /// A systemd unit.
     Unit(String),
+}
+
+impl fmt::Display for Scope {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Cgroup(path) => write!(f, "cgroup {path}"),
+            Self::Unit(unit) => f.write_str(unit),
+        }
+    }
 }
 
 /// A service that the file names.

@@ -244,16 +244,10 @@ impl Daemon {
     }
 
     fn proxy_notes(&mut self) -> Vec<String> {
-        let Config { proxy, .. } = &self.config;
-        let absent = self.workloads.cgroup(&proxy.scope).is_none();
-        let what = match &proxy.scope {
-            Scope::Cgroup(path) => format!("its cgroup {path} does not exist"),
-            Scope::Unit(unit) => format!("{unit} does not run"),
-        };
-        absent
-            .then(|| format!("no proxy is there ({what}): nothing is steered until it is"))
-            .into_iter()
-            .collect()
+        let scope = &self.config.proxy.scope;
+        let absent = self.workloads.cgroup(scope).is_none();
+        let note = || format!("no proxy is there ({scope} does not run): nothing is steered until it is");
+        absent.then(note).into_iter().collect()
     }
 }
 
