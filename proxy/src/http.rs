@@ -77,12 +77,18 @@ impl Exchange<'_> {
 
     async fn forward(&self, mut request: Request<Incoming>) -> Result<Response<UpstreamBody>, Failure> {
         let begun = Instant::now();
+        if !headers::is_plainly_framed(request.headers()) {
+            return Err(Failure::BadCoding);
+        }
         let upgrade = headers::is_upgrade(request.headers());
         let client = upgrade.then(|| hyper::upgrade::on(&mut request));
         headers::strip_hop_by_hop(request.headers_mut(), upgrade);
         let host = to_origin_form(&mut request)?;
         let request = request.map(Either::Left);
         let (cluster, answer) = self.send(host, request).await?;
+        if !headers::is_plainly_framed(answer.response.headers()) {
+            return Err(Failure::BadAnswer);
+        }
         let (name, endpoint) = match &cluster {
             Some(name) => (name.as_str(), Some(answer.endpoint)),
             None => ("original", None),
@@ -120,6 +126,9 @@ impl Exchange<'_> {
 fn to_origin_form(request: &mut Request<Incoming>) -> Result<Option<String>, Failure> {
     if request.method() == Method::CONNECT {
         return Err(Failure::BadTarget);
+    }
+    if request.headers().get_all(HOST).iter().nth(1).is_some() {
+        return Err(Failure::ManyHosts);
     }
     *request.version_mut() = Version::HTTP_11;
     let Some(authority) = request.uri().authority().map(|authority| authority.as_str().to_owned()) else {

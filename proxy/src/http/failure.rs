@@ -25,9 +25,21 @@ pub(super) enum Failure {
     /// The endpoint ended the connection before it answered.
     #[error("the endpoint ended the connection before it answered: {0}")]
     Ended(hyper::Error),
+    /// The endpoint's answer cannot be passed on.
+    #[error("the endpoint answered in a transfer coding other than chunked")]
+    BadAnswer,
     /// The request's target cannot be sent on.
     #[error("the request's target cannot be sent on")]
     BadTarget,
+    /// Which of them counts is anybody's guess (RFC 9112 §3.2).
+    #[error("the request has more than one Host")]
+    ManyHosts,
+    /// The request's body cannot be passed on.
+    #[error("the request is in a transfer coding other than chunked")]
+    BadCoding,
+    /// The client broke off, or what it sent is no body.
+    #[error("the request's body ended early or is malformed")]
+    BadBody,
 }
 
 impl Failure {
@@ -37,17 +49,19 @@ impl Failure {
             Self::NoHost | Self::NoRoute(_) | Self::Loop => "NR",
             Self::NoConnection(_) => "UF",
             Self::Ended(_) => "UC",
-            Self::BadTarget => "DPE",
+            Self::BadAnswer => "UPE",
+            Self::BadTarget | Self::ManyHosts | Self::BadCoding | Self::BadBody => "DPE",
         }
     }
 
     fn status(&self) -> StatusCode {
         match self {
-            Self::NoHost | Self::BadTarget => StatusCode::BAD_REQUEST,
+            Self::NoHost | Self::BadTarget | Self::ManyHosts | Self::BadBody => StatusCode::BAD_REQUEST,
+            Self::BadCoding => StatusCode::NOT_IMPLEMENTED,
             Self::NoRoute(_) => StatusCode::NOT_FOUND,
             Self::Loop => StatusCode::LOOP_DETECTED,
             Self::NoConnection(_) => StatusCode::SERVICE_UNAVAILABLE,
-            Self::Ended(_) => StatusCode::BAD_GATEWAY,
+            Self::Ended(_) | Self::BadAnswer => StatusCode::BAD_GATEWAY,
         }
     }
 

@@ -19,6 +19,12 @@ pub(super) fn is_upgraded(status: StatusCode, headers: &HeaderMap) -> bool {
     status == StatusCode::SWITCHING_PROTOCOLS && headers.contains_key(UPGRADE)
 }
 
+/// Whether a body is in no other transfer coding than `chunked`: any other would be lost here (RFC 9112 §6.1).
+pub(super) fn is_plainly_framed(headers: &HeaderMap) -> bool {
+    let chunked = |value: &HeaderValue| value.as_bytes().trim_ascii().eq_ignore_ascii_case(b"chunked");
+    headers.get_all(TRANSFER_ENCODING).iter().all(chunked)
+}
+
 /// Removes what concerns only the hop it came from; an upgrade is passed on where it is meant.
 pub(super) fn strip_hop_by_hop(headers: &mut HeaderMap, upgrade: bool) {
     let named: Vec<HeaderName> = connection_options(headers)
@@ -88,6 +94,18 @@ mod tests {
         for (headers, left) in cases {
             assert_eq!(stripped(headers, false), left, "{headers:?}");
         }
+    }
+
+    #[test]
+    fn a_transfer_coding_that_would_be_lost_is_told() {
+        for (coding, plain) in
+            [("chunked", true), (" Chunked", true), ("gzip, chunked", false), ("gzip", false), ("", false)]
+        {
+            let mut headers = HeaderMap::new();
+            headers.append(TRANSFER_ENCODING, HeaderValue::from_static(coding));
+            assert_eq!(is_plainly_framed(&headers), plain, "{coding}");
+        }
+        assert!(is_plainly_framed(&HeaderMap::new()));
     }
 
     #[test]

@@ -104,6 +104,8 @@ async fn over(mut lease: Lease, endpoint: SocketAddr, request: Request<Body>) ->
         Ok(response) => Attempt::Answered(Answer { response, lease, endpoint }),
         Err(unanswered) => match unanswered.unsent {
             Some(request) => Attempt::Unsent(request),
+            // The one error of the user's, here, is that of the body it gave.
+            None if unanswered.error.is_user() => Attempt::Failed(Failure::BadBody),
             None => Attempt::Failed(Failure::Ended(unanswered.error)),
         },
     }
@@ -118,5 +120,7 @@ fn replay(request: &Request<Body>) -> Option<Request<Body>> {
     *again.method_mut() = request.method().clone();
     *again.uri_mut() = request.uri().clone();
     *again.headers_mut() = request.headers().clone();
+    // The case in which the headers were written.
+    *again.extensions_mut() = request.extensions().clone();
     Some(again)
 }
