@@ -6,9 +6,11 @@
 //! | `PUT /v1/services/NAME` | [`Changed`] |
 //! | `DELETE /v1/services/NAME` | [`Changed`] |
 //! | `POST /v1/services/NAME/commands` | [`Joined`]: the calling process is in a steered cgroup of its own now |
+//! | `POST /v1/services/NAME/cgroups` | [`Joined`]: the cgroup of the calling process is steered as the service's now |
 //!
 //! What fails answers 4xx or 5xx with [`Refusal`].
 
+use crate::mode::Mode;
 use serde::{Deserialize, Serialize};
 
 /// Version of [`Status`].
@@ -18,6 +20,7 @@ pub(crate) const STATUS_VERSION: u32 = 1;
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) struct Status {
     pub(crate) version: u32,
+    pub(crate) mode: Mode,
     pub(crate) proxy: Proxy,
     pub(crate) services: Vec<Service>,
 }
@@ -74,7 +77,7 @@ pub(crate) struct Changed {
     pub(crate) notes: Vec<String>,
 }
 
-/// A command was moved.
+/// A process is steered.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) struct Joined {
     pub(crate) cgroup: String,

@@ -1,6 +1,13 @@
 //! Whether this host can do what is asked of it: one line for each fact, with the remedy.
 
-use crate::{api, client, config::Config, probe, redirect::ebpf, workload::Workloads};
+use crate::{
+    api, client,
+    config::Config,
+    mode::{self, Facts},
+    probe,
+    redirect::nftables,
+    workload::Workloads,
+};
 use hyper::Method;
 use serde::Serialize;
 use std::{
@@ -38,12 +45,14 @@ impl Line {
 
 /// Looks at everything.
 pub(crate) fn all(config: &Config) -> Vec<Line> {
+    let facts = probe::facts(config);
     vec![
         kernel(),
         cgroup2(),
         privileges(),
-        bpffs(config),
-        programs(),
+        ebpf(&facts),
+        nftables(&facts),
+        mode(config, &facts),
         daemon(config),
         proxy_listens(config),
         proxy_attached(config),
@@ -73,26 +82,35 @@ fn privileges() -> Line {
         Ok(missing) => Err(format!("{} missing", missing.join(" and "))),
         Err(error) => Err(format!("read /proc/self/status: {error}")),
     };
-    Line::required("privileges", result, "run as root, or give the unit these capabilities")
+    Line::wanted("privileges", result, "run as root, or give the unit these capabilities")
 }
 
-fn bpffs(config: &Config) -> Line {
-    let pins = config.paths.pins.display();
-    let result = if probe::is_on_bpffs(&config.paths.pins) {
-        Ok(format!("{pins} is on one"))
-    } else {
-        Err(format!("{pins} is on none"))
-    };
-    Line::required("BPF file system", result, "`mount -t bpf bpf /sys/fs/bpf`, or set paths.pins")
-}
-
-fn programs() -> Line {
-    let result = ebpf::try_load().map(|()| "all load".to_owned()).map_err(|error| error.to_string());
-    Line::required(
-        "eBPF programs",
+fn ebpf(facts: &Facts) -> Line {
+    let result = facts.ebpf.clone().map(|()| "possible: every program loads".to_owned());
+    Line::wanted(
+        "ebpf",
         result,
-        "a kernel with CONFIG_CGROUP_BPF and the privileges above is needed",
+        "a kernel with CONFIG_CGROUP_BPF, the privileges above and a BPF file system (`mount -t bpf bpf /sys/fs/bpf`) are needed",
     )
+}
+
+fn nftables(facts: &Facts) -> Line {
+    let others = nftables::other_nat_tables().unwrap_or_default();
+    let beside = if others.is_empty() { String::new() } else { format!("; beside {}", others.join(", ")) };
+    let result = facts.nftables.clone().map(|()| format!("possible: the kernel takes the rules{beside}"));
+    Line::wanted(
+        "nftables",
+        result,
+        "Linux 5.13 with CONFIG_NF_TABLES, CONFIG_NFT_SOCKET, CONFIG_NFT_REDIR and CONFIG_SOCK_CGROUP_DATA, and CAP_NET_ADMIN are needed",
+    )
+}
+
+fn mode(config: &Config, facts: &Facts) -> Line {
+    let result = match mode::choose(config.mode, facts) {
+        Ok(mode::Choice { mode, reason }) => Ok(format!("{mode}: {reason}")),
+        Err(error) => Err(error.to_string()),
+    };
+    Line::required("mode", result, "see the remedies above, or set `mode: auto`")
 }
 
 fn daemon(config: &Config) -> Line {

@@ -6,11 +6,14 @@ use crate::{
     client,
     config::{Config, ConfigError, Scope, check_name},
     daemon::{Daemon, Request},
-    lock, plan, present, probe,
-    redirect::ebpf::Ebpf,
+    lock,
+    mode::{self, Mode},
+    plan, present, probe,
+    redirect::{Redirect, ebpf::Ebpf},
     server,
     state::StateFile,
-    workload::{self, Workloads, systemd},
+    watch,
+    workload::{Workloads, systemd},
 };
 use anyhow::{Context as _, bail};
 use hyper::Method;
@@ -55,10 +58,20 @@ fn bad_input(error: &ConfigError) -> ExitCode {
 }
 
 fn daemon(config: Config, file: Option<PathBuf>) -> anyhow::Result<()> {
-    let run = config.paths.run.clone();
+    let (run, proxy) = (config.paths.run.clone(), config.proxy.clone());
     let _only_one = lock::daemon(&run)?;
-    let daemon = Daemon::start(config, file, Workloads::new(probe::cgroup2_mount()?))?;
+    let cgroup_root = probe::cgroup2_mount()?;
+    let daemon = Daemon::start(config, file, Workloads::new(cgroup_root.clone()))?;
     let (requests, received) = mpsc::channel();
+    if daemon.mode() == Mode::Nftables {
+        let tell = requests.clone();
+        let watch = move || {
+            watch::proxy(&proxy, Workloads::new(cgroup_root), |ready| {
+                tell.send(Request::Proxy(ready)).is_ok()
+            });
+        };
+        thread::Builder::new().name("watch".to_owned()).spawn(watch)?;
+    }
     let mind = thread::Builder::new().name("daemon".to_owned()).spawn(move || daemon.run(&received))?;
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     runtime.block_on(serve_until_told_to_stop(run.join("agent.sock"), requests.clone()))?;
@@ -109,15 +122,23 @@ fn exec(config: &Config, service: &str, command: &[OsString]) -> anyhow::Result<
     Err(error).with_context(|| format!("run {}", program.to_string_lossy()))
 }
 
+/// With eBPF it needs no daemon: what is pinned is attached. With nf_tables only a daemon keeps the proxy alive.
 fn attach(config: &Config, attach: &Attach) -> anyhow::Result<()> {
-    let cgroup = workload::own_cgroup(&probe::cgroup2_mount()?)?;
+    let state = StateFile::new(&config.paths.state).load()?;
+    if state.mode() == Some(Mode::Nftables) {
+        let Some(name) = &attach.service else { return Ok(()) };
+        check_name(name).map_err(anyhow::Error::msg)?;
+        let path = format!("/v1/services/{name}/cgroups");
+        let _attached: api::Joined = client::call(&config.paths.run, Method::POST, &path)?;
+        return Ok(());
+    }
+    let cgroup = Workloads::new(probe::cgroup2_mount()?).cgroup_of(std::process::id().cast_signed())?;
     let _held = lock::kernel(&config.paths.run)?;
     let mut redirect = Ebpf::new(config.paths.pins.clone());
     let Some(name) = &attach.service else {
         redirect.attach_proxy(&cgroup)?;
         return Ok(());
     };
-    let state = StateFile::new(&config.paths.state).load()?;
     let Some(entry) = state.get(name) else {
         bail!("service `{name}` is not enabled; `mesh-redirect enable {name}` does it");
     };
@@ -131,7 +152,7 @@ fn cleanup(config: &Config) -> anyhow::Result<()> {
     let run = &config.paths.run;
     let _only_one = lock::daemon(run)?;
     let held = lock::kernel(run)?;
-    Ebpf::new(config.paths.pins.clone()).remove()?;
+    remove_redirects(config)?;
     remove_drop_ins(config)?;
     let file = StateFile::new(&config.paths.state);
     remove_command_cgroups(&file);
@@ -139,6 +160,21 @@ fn cleanup(config: &Config) -> anyhow::Result<()> {
     drop(held);
     lock::remove(run);
     print("nothing of mesh-redirect is left in the kernel or in its state\n")
+}
+
+/// Whatever mode was the last one, and whether its state can be read. A host that has no nf_tables has none of ours.
+fn remove_redirects(config: &Config) -> anyhow::Result<()> {
+    let cgroup_root = probe::cgroup2_mount().unwrap_or_default();
+    let used = StateFile::new(&config.paths.state).load().ok().and_then(|state| state.mode());
+    for mode in mode::ALL {
+        let removed = Redirect::new(mode, config, &cgroup_root).remove();
+        match removed {
+            Err(error) if used == Some(mode) => return Err(error.into()),
+            Err(error) => tracing::debug!(%mode, "{error}"),
+            Ok(()) => {}
+        }
+    }
+    Ok(())
 }
 
 /// Drop-ins of this state only where it is not the host's own: another daemon's are not ours to remove.

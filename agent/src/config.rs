@@ -2,11 +2,13 @@
 
 mod raw;
 
-use raw::{RawCapture, RawConfig, RawService};
+use crate::mode::{Mode, Wanted};
+use raw::{RawCapture, RawConfig, RawMode, RawService};
 use serde_saphyr::{Location, Spanned};
 use std::{
     collections::BTreeMap,
     fmt, fs, io,
+    net::{Ipv4Addr, SocketAddr},
     path::{Path, PathBuf},
 };
 
@@ -21,6 +23,7 @@ const MAX_BYTES: u64 = 4 << 20;
 /// A validated configuration.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct Config {
+    pub(crate) mode: Wanted,
     pub(crate) paths: Paths,
     pub(crate) proxy: Proxy,
     /// What holds for services that say nothing of their own.
@@ -45,6 +48,8 @@ pub(crate) struct Paths {
 pub(crate) struct Proxy {
     /// Where it listens on 127.0.0.1 and ::1.
     pub(crate) port: u16,
+    /// Where it says whether it is ready: `GET /ready`.
+    pub(crate) admin: SocketAddr,
     pub(crate) scope: Scope,
 }
 
@@ -188,6 +193,10 @@ impl RawConfig {
         };
         let proxy = Proxy {
             port: self.proxy.port.map_or(15001, raw::Port::get),
+            admin: self
+                .proxy
+                .admin
+                .map_or(SocketAddr::from((Ipv4Addr::LOCALHOST, 15000)), |admin| admin.value),
             scope: scope(self.proxy.unit, self.proxy.cgroup)?
                 .unwrap_or_else(|| Scope::Unit("mesh-proxy.service".to_owned())),
         };
@@ -195,7 +204,12 @@ impl RawConfig {
         for (raw::Name(name), raw) in self.services {
             services.insert(name, service(raw, &defaults)?);
         }
-        Ok(Config { paths, proxy, defaults, services })
+        let mode = match self.mode {
+            None | Some(RawMode::Auto) => Wanted::Auto,
+            Some(RawMode::Ebpf) => Wanted::Only(Mode::Ebpf),
+            Some(RawMode::Nftables) => Wanted::Only(Mode::Nftables),
+        };
+        Ok(Config { mode, paths, proxy, defaults, services })
     }
 }
 

@@ -3,9 +3,12 @@
 use crate::{
     api,
     config::{Config, Failure, Scope},
-    lock, plan,
-    redirect::{Cgroup, Desired, ebpf::Ebpf},
+    lock,
+    mode::{self, Mode},
+    plan, probe,
+    redirect::{self, Cgroup, Desired, Redirect},
     state::{State, StateFile},
+    watch,
     workload::{Unknown, Workloads, systemd},
 };
 use std::{
@@ -30,6 +33,10 @@ pub(crate) enum Request {
     Disable(String, Reply<api::Changed>),
     /// Steer a process as a service, in a cgroup of its own.
     Join(String, i32, Reply<api::Joined>),
+    /// Steer the cgroup that a process is in as a service's: the unit is about to start there.
+    Attach(String, i32, Reply<api::Joined>),
+    /// Whether the proxy is ready for IPv4 and for IPv6.
+    Proxy([bool; 2]),
     Stop,
 }
 
@@ -43,10 +50,14 @@ pub(crate) enum Error {
     Unknown(#[from] Unknown),
     #[error("{0}")]
     BadName(String),
+    #[error("service `{0}` is not enabled; `mesh-redirect enable {0}` does it")]
+    NotEnabled(String),
     #[error(transparent)]
     Plan(#[from] plan::PlanError),
     #[error(transparent)]
-    Redirect(#[from] crate::redirect::ebpf::Error),
+    Mode(#[from] mode::Impossible),
+    #[error(transparent)]
+    Redirect(#[from] redirect::Error),
     #[error(transparent)]
     State(#[from] crate::state::StateError),
     #[error(transparent)]
@@ -64,7 +75,10 @@ pub(crate) struct Daemon {
     state: State,
     file: StateFile,
     workloads: Workloads,
-    redirect: Ebpf,
+    mode: Mode,
+    redirect: Redirect,
+    /// What was last heard of the proxy.
+    proxy_ready: [bool; 2],
     commands: u64,
 }
 
@@ -76,9 +90,18 @@ impl Daemon {
         workloads: Workloads,
     ) -> Result<Self, Error> {
         let file = StateFile::new(&config.paths.state);
+        let mut state = file.load()?;
+        let mode::Choice { mode, reason } = mode::choose(config.mode, &probe::facts(&config))?;
+        tracing::info!(%mode, "{reason}");
+        let redirect = |mode| Redirect::new(mode, &config, workloads.cgroup_root());
+        let former = state.mode().filter(|former| *former != mode).map(redirect);
+        state.set_mode(mode);
+        file.save(&state)?;
         let mut daemon = Self {
-            state: file.load()?,
-            redirect: Ebpf::new(config.paths.pins.clone()),
+            state,
+            mode,
+            redirect: redirect(mode),
+            proxy_ready: [false; 2],
             config,
             config_file,
             file,
@@ -86,7 +109,14 @@ impl Daemon {
             commands: 0,
         };
         daemon.reconcile()?;
+        // What steered before goes when its successor is in place; both at once only steer what is steered already.
+        former.map_or(Ok(()), |mut former| former.remove())?;
         Ok(daemon)
+    }
+
+    /// How it steers.
+    pub(crate) fn mode(&self) -> Mode {
+        self.mode
     }
 
     /// Does as it is told until it is told to stop, and compares the host with what is wanted in between.
@@ -99,6 +129,8 @@ impl Daemon {
                 Ok(Request::Enable(name, reply)) => answer(reply, self.enable(&name)),
                 Ok(Request::Disable(name, reply)) => answer(reply, self.disable(&name)),
                 Ok(Request::Join(name, pid, reply)) => answer(reply, self.join(&name, pid)),
+                Ok(Request::Attach(name, pid, reply)) => answer(reply, self.attach(&name, pid)),
+                Ok(Request::Proxy(ready)) => self.hear_of_proxy(ready),
                 Ok(Request::Stop) | Err(RecvTimeoutError::Disconnected) => return,
                 Err(RecvTimeoutError::Timeout) => {}
             }
@@ -186,22 +218,45 @@ impl Daemon {
         Ok(api::Joined { cgroup, notes: self.proxy_notes() })
     }
 
+    fn attach(&mut self, name: &str, pid: i32) -> Result<api::Joined, Error> {
+        if !self.state.is_enabled(name) {
+            return Err(Error::NotEnabled(name.to_owned()));
+        }
+        let cgroup = self.workloads.cgroup_of(pid).map_err(|cause| Error::Io {
+            action: "find the cgroup of the process",
+            path: format!("/proc/{pid}/cgroup").into(),
+            cause,
+        })?;
+        let shown = self.workloads.path_of(&cgroup);
+        if let Scope::Unit(unit) = Workloads::scope(&self.config, name) {
+            self.workloads.learn(unit, shown.clone());
+        }
+        self.apply(&self.state.clone())?;
+        Ok(api::Joined { cgroup: shown, notes: self.proxy_notes() })
+    }
+
+    fn hear_of_proxy(&mut self, ready: [bool; 2]) {
+        if ready != self.proxy_ready {
+            tracing::info!(ipv4 = ready[0], ipv6 = ready[1], "is the proxy ready?");
+        }
+        self.proxy_ready = ready;
+        if let Err(error) = self.redirect.keep_alive(ready) {
+            tracing::warn!("{error}");
+        }
+    }
+
     fn status(&mut self) -> Result<api::Status, Error> {
         let desired = plan::everything(&self.config, &self.state, &mut self.workloads)?;
-        let kernel = self.redirect.status()?;
-        let path = |dir: &Path| match dir.strip_prefix(self.workloads.cgroup_root()) {
-            Ok(below) => format!("/{}", below.display()),
-            Err(_) => dir.display().to_string(),
-        };
+        let kernel = self.redirect.status(&desired)?;
         let proxy = api::Proxy {
             port: self.config.proxy.port,
-            cgroup: desired.proxy.as_ref().map(|cgroup| path(&cgroup.dir)),
+            cgroup: desired.proxy.as_ref().map(|cgroup| self.workloads.path_of(cgroup)),
             attached: desired.proxy.as_ref().is_some_and(|cgroup| kernel.proxies.contains(&cgroup.id)),
         };
         let services = desired.services.iter().zip(self.state.iter()).map(|(service, (name, entry))| {
             let known = kernel.services.iter().find(|known| known.id == service.id);
             let scope = |cgroup: &Cgroup| api::Scope {
-                cgroup: path(&cgroup.dir),
+                cgroup: self.workloads.path_of(cgroup),
                 attached: known.is_some_and(|known| known.cgroups.contains(&cgroup.id)),
             };
             api::Service {
@@ -213,7 +268,7 @@ impl Daemon {
                 counters: known.map(|known| known.counters.into()).unwrap_or_default(),
             }
         });
-        Ok(api::Status { version: api::STATUS_VERSION, proxy, services: services.collect() })
+        Ok(api::Status { version: api::STATUS_VERSION, mode: self.mode, proxy, services: services.collect() })
     }
 
     /// Makes another state the one that holds: on disk first, so that a crash leaves more wanted than done, never
@@ -228,6 +283,11 @@ impl Daemon {
             return Err(error);
         }
         self.state = next;
+        if self.mode == Mode::Nftables {
+            // What is enabled now shall not wait for the next time that the proxy is asked.
+            let ready = watch::is_ready(&self.config.proxy, &mut self.workloads);
+            self.hear_of_proxy(ready);
+        }
         Ok(())
     }
 

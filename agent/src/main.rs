@@ -8,14 +8,19 @@ mod commands;
 mod config;
 mod daemon;
 mod lock;
+mod mode;
+
+mod netlink;
 mod plan;
 mod present;
 mod probe;
 mod redirect;
 mod rules;
 mod server;
+mod sockets;
 mod state;
 mod sys;
+mod watch;
 mod workload;
 
 use clap::Parser as _;

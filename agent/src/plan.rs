@@ -46,5 +46,6 @@ pub(crate) fn service(config: &Config, name: &str, entry: &Entry) -> Result<Serv
         proxy_port: config.proxy.port,
         entries,
         scopes: Vec::new(),
+        users: Vec::new(),
     })
 }

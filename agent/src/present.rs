@@ -20,7 +20,7 @@ pub(crate) fn status(status: &api::Status) -> String {
         (Some(cgroup), false) => format!("{cgroup}, not attached: nothing is steered yet"),
         (None, _) => "not running: nothing is steered".to_owned(),
     };
-    let _infallible = writeln!(text, "proxy on port {} in {place}", proxy.port);
+    let _infallible = writeln!(text, "{} · proxy on port {} in {place}", status.mode, proxy.port);
     if status.services.is_empty() {
         text.push_str("no service is enabled\n");
         return text;
@@ -122,10 +122,14 @@ mod tests {
         };
         let shown = status(&api::Status {
             version: 1,
+            mode: crate::mode::Mode::Ebpf,
             proxy: api::Proxy { port: 15001, cgroup: None, attached: false },
             services: vec![service("idle", &[]), service("shop", &[("/a", true), ("/b", false)])],
         });
-        assert!(shown.starts_with("proxy on port 15001 in not running: nothing is steered\n"), "{shown}");
+        assert!(
+            shown.starts_with("ebpf · proxy on port 15001 in not running: nothing is steered\n"),
+            "{shown}"
+        );
         assert!(shown.contains("idle     (not running)"), "{shown}");
         assert!(shown.contains("shop     /a"), "{shown}");
         assert!(shown.contains("         /b (not attached)\n"), "{shown}");

@@ -1,5 +1,10 @@
 //! Plain facts about this host.
 
+use crate::{
+    config::Config,
+    mode::Facts,
+    redirect::{ebpf, nftables},
+};
 use std::{
     fs, io,
     os::unix::fs::MetadataExt as _,
@@ -17,6 +22,22 @@ pub(crate) enum ProbeError {
         "no cgroup2 file system is mounted; `mount -t cgroup2 cgroup2 /sys/fs/cgroup/unified` (or /sys/fs/cgroup) makes one"
     )]
     NoCgroup2,
+}
+
+/// What each mode of steering finds here.
+pub(crate) fn facts(config: &Config) -> Facts {
+    let root = cgroup2_mount().map_err(|error| error.to_string());
+    let pins = &config.paths.pins;
+    let bpffs = || match is_on_bpffs(pins) {
+        true => Ok(()),
+        false => Err(format!("{} is on no BPF file system", pins.display())),
+    };
+    let ebpf = || ebpf::try_load().map_err(|error| error.to_string());
+    let nftables = |root: &PathBuf| nftables::try_rules(root).map_err(|error| error.to_string());
+    Facts {
+        ebpf: root.as_ref().map(drop).map_err(Clone::clone).and_then(|()| bpffs()).and_then(|()| ebpf()),
+        nftables: root.as_ref().map_err(Clone::clone).and_then(nftables),
+    }
 }
 
 /// Where the cgroup2 hierarchy is mounted.

@@ -1,14 +1,82 @@
 //! Making the kernel agree with what is wanted.
 
 pub(crate) mod ebpf;
+pub(crate) mod nftables;
 
-use crate::{config::Failure, rules::Entry};
+use crate::{
+    config::{Config, Failure},
+    mode::Mode,
+    rules::Entry,
+};
 use agent_ebpf::Counters;
+use ebpf::Ebpf;
+use nftables::Nftables;
 use std::{
+    collections::BTreeSet,
     fmt, fs, io,
     os::unix::fs::MetadataExt as _,
     path::{Path, PathBuf},
 };
+
+/// A way of steering, over what it keeps in the kernel.
+#[derive(Debug)]
+pub(crate) enum Redirect {
+    Ebpf(Ebpf),
+    Nftables(Nftables),
+}
+
+/// What went wrong between the agent and the kernel.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum Error {
+    /// With eBPF.
+    #[error(transparent)]
+    Ebpf(#[from] ebpf::Error),
+    /// With nf_tables.
+    #[error(transparent)]
+    Nftables(#[from] nftables::Error),
+}
+
+impl Redirect {
+    /// One that takes over whatever an earlier one of its mode has left in the kernel.
+    pub(crate) fn new(mode: Mode, config: &Config, cgroup_root: &Path) -> Self {
+        match mode {
+            Mode::Ebpf => Self::Ebpf(Ebpf::new(config.paths.pins.clone())),
+            Mode::Nftables => Self::Nftables(Nftables::new(cgroup_root.to_owned(), config.proxy.port)),
+        }
+    }
+
+    /// Makes the kernel steer what is desired and nothing else. May be repeated.
+    pub(crate) fn apply(&mut self, desired: &Desired) -> Result<(), Error> {
+        match self {
+            Self::Ebpf(ebpf) => Ok(ebpf.apply(desired)?),
+            Self::Nftables(nftables) => Ok(nftables.apply(desired)?),
+        }
+    }
+
+    /// Removes everything of this mode's, at once.
+    pub(crate) fn remove(&mut self) -> Result<(), Error> {
+        match self {
+            Self::Ebpf(ebpf) => Ok(ebpf.remove()?),
+            Self::Nftables(nftables) => Ok(nftables.remove()?),
+        }
+    }
+
+    /// What the kernel says is there of what is desired.
+    pub(crate) fn status(&self, desired: &Desired) -> Result<Status, Error> {
+        match self {
+            Self::Ebpf(ebpf) => Ok(ebpf.status()?),
+            Self::Nftables(nftables) => Ok(nftables.status(desired)?),
+        }
+    }
+
+    /// Says for IPv4 and IPv6 whether the proxy is ready, to modes in which the kernel does not see for itself.
+    pub(crate) fn keep_alive(&self, ready: [bool; 2]) -> Result<(), Error> {
+        match self {
+            Self::Ebpf(_) => Ok(()),
+            Self::Nftables(nftables) => Ok(nftables.keep_alive(ready)?),
+        }
+    }
+}
 
 /// Everything that shall be steered, whole: a mode makes it so and removes whatever else of ours it finds.
 #[derive(Clone, Debug, Default)]
@@ -31,6 +99,8 @@ pub(crate) struct Service {
     pub(crate) entries: Vec<Entry>,
     /// Where its processes are now; none for a unit that does not run.
     pub(crate) scopes: Vec<Cgroup>,
+    /// Whose processes are its processes, whatever cgroup they are in.
+    pub(crate) users: Vec<u32>,
 }
 
 /// A cgroup that exists, or did a moment ago.
@@ -47,6 +117,16 @@ impl Cgroup {
     pub(crate) fn open(dir: &Path) -> io::Result<Self> {
         // The inode number of a cgroup's directory is its id (kernfs, 64-bit hosts).
         Ok(Self { dir: dir.to_owned(), id: fs::metadata(dir)?.ino() })
+    }
+
+    /// Its id and those of all below it.
+    pub(crate) fn ids(&self) -> BTreeSet<u64> {
+        let mut ids = BTreeSet::from([self.id]);
+        let below = fs::read_dir(&self.dir).into_iter().flatten().flatten().map(|entry| entry.path());
+        for dir in below.filter(|path| path.is_dir()) {
+            ids.extend(Self::open(&dir).map(|cgroup| cgroup.ids()).unwrap_or_default());
+        }
+        ids
     }
 
     /// Whether processes are in it or below it.

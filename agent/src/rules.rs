@@ -4,12 +4,12 @@
 //! that covers it too. One capture is more specific than another when it lies wholly within the other and is not the
 //! same; captures that merely overlap are not comparable, and then the exclude wins.
 
-use crate::config::{Capture, Policy, Ports};
+use crate::config::{Capture, Failure, Policy, Ports};
 use agent_ebpf::{AF_INET, AF_INET6, MAX_PORT_RANGES, PortRange, RuleKey, Rules, VERDICT_STEER};
 use ipnet::{IpNet, Ipv4Net, Ipv6Net};
 use std::{
     collections::BTreeSet,
-    net::{IpAddr, SocketAddr},
+    net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
 };
 
 const ANY_PORT: Ports = Ports { first: 0, last: u16::MAX };
@@ -39,6 +39,11 @@ impl Entry {
         };
         let bits = RuleKey::FIXED_BITS + u32::from(self.net.prefix_len());
         (bits, RuleKey { policy, family: u32::from(family), addr })
+    }
+
+    fn steered(&self) -> Vec<Ports> {
+        let ranges = self.rules.ranges.iter().take(self.rules.len as usize);
+        ranges.map(|range| Ports { first: range.first, last: range.last }).collect()
     }
 }
 
@@ -81,6 +86,13 @@ pub(crate) fn compile(policy: &Policy) -> Result<Vec<Entry>, TooManyRanges> {
     let blocks = blocks(policy);
     let nets: BTreeSet<IpNet> = blocks.iter().map(|block| block.net).collect();
     nets.into_iter().map(|net| entry(net, &blocks)).collect()
+}
+
+/// A compiled policy that steers all there is.
+pub(crate) fn everything() -> Vec<Entry> {
+    let any = Capture { cidr: None, ports: Vec::new() };
+    let policy = Policy { failure: Failure::Open, include: vec![any], exclude: Vec::new() };
+    compile(&policy).unwrap_or_default()
 }
 
 /// What a policy says of a destination: the definition that every compiled form has to agree with.
@@ -149,6 +161,95 @@ fn steered_ranges(covering: &[&Block]) -> Vec<Ports> {
         }
     }
     ranges
+}
+
+/// Destinations that are steered: neighbouring addresses with the same ports.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Range {
+    /// The first address.
+    pub(crate) first: IpAddr,
+    /// The last one, of the same family.
+    pub(crate) last: IpAddr,
+    /// Disjoint and sorted; never empty.
+    pub(crate) ports: Vec<Ports>,
+}
+
+/// What no policy can have meant ([`agent_ebpf::decide::Destination::is_local`]), as blocks.
+const LOCAL: [&str; 7] =
+    ["0.0.0.0/8", "127.0.0.0/8", "169.254.0.0/16", "224.0.0.0/3", "::/127", "fe80::/10", "ff00::/8"];
+
+/// All that a compiled policy steers, as disjoint ranges in order, for what cannot look up the longest prefix.
+pub(crate) fn ranges(entries: &[Entry]) -> Vec<Range> {
+    let local: Vec<IpNet> = LOCAL.iter().filter_map(|net| net.parse().ok()).collect();
+    let is_local = |entry: &Entry| local.iter().any(|local| local.contains(&entry.net));
+    let written = entries.iter().filter(|entry| !is_local(entry));
+    let written = written.map(|entry| Nested { net: entry.net, steered: entry.steered() });
+    let mut nets: Vec<Nested> =
+        written.chain(local.iter().map(|&net| Nested { net, steered: Vec::new() })).collect();
+    // A block comes before what lies within it.
+    nets.sort_by_key(|nested| (nested.net.network(), nested.net.prefix_len()));
+    let (v4, v6): (Vec<Nested>, Vec<Nested>) =
+        nets.into_iter().partition(|nested| nested.net.addr().is_ipv4());
+    [v4, v6].iter().flat_map(|nets| disjoint(nets)).collect()
+}
+
+/// A block that others may lie within.
+struct Nested {
+    net: IpNet,
+    steered: Vec<Ports>,
+}
+
+/// Cuts sorted blocks of one family into ranges for each of which one of them is the innermost.
+fn disjoint(nets: &[Nested]) -> Vec<Range> {
+    let mut ranges = Vec::new();
+    let mut open: Vec<&Nested> = Vec::new();
+    // The first address of which nothing was said yet.
+    let mut next = 0;
+    for inner in nets {
+        let first = number(inner.net.network());
+        while let Some(ended) = open.pop_if(|outer| number(outer.net.broadcast()) < first) {
+            let last = number(ended.net.broadcast());
+            add(&mut ranges, ended, next, last);
+            next = last + 1;
+        }
+        if let Some(outer) = open.last().filter(|_| next < first) {
+            add(&mut ranges, outer, next, first - 1);
+        }
+        next = first;
+        open.push(inner);
+    }
+    while let Some(ended) = open.pop() {
+        let last = number(ended.net.broadcast());
+        add(&mut ranges, ended, next, last);
+        // Those around one that ends with the last address of all end there too.
+        let Some(after) = last.checked_add(1) else { break };
+        next = after;
+    }
+    ranges
+}
+
+/// Adds a range of a block, unless nothing is steered there, or makes the last range longer.
+fn add(ranges: &mut Vec<Range>, of: &Nested, first: u128, last: u128) {
+    if of.steered.is_empty() || first > last {
+        return;
+    }
+    let address = |number: u128| match of.net {
+        IpNet::V4(_) => IpAddr::from(Ipv4Addr::from(number as u32)),
+        IpNet::V6(_) => IpAddr::from(Ipv6Addr::from(number)),
+    };
+    match ranges.last_mut() {
+        Some(range) if number(range.last).checked_add(1) == Some(first) && range.ports == of.steered => {
+            range.last = address(last);
+        }
+        _ => ranges.push(Range { first: address(first), last: address(last), ports: of.steered.clone() }),
+    }
+}
+
+fn number(address: IpAddr) -> u128 {
+    match address {
+        IpAddr::V4(address) => u128::from(u32::from(address)),
+        IpAddr::V6(address) => u128::from(address),
+    }
 }
 
 #[cfg(test)]

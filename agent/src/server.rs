@@ -110,7 +110,11 @@ async fn respond(
             Some(pid) => ask(requests, |reply| Request::Join((*name).to_owned(), pid, reply)).await,
             None => refuse(StatusCode::BAD_REQUEST, "the kernel does not tell who is calling"),
         },
-        (_, ["v1", "status"] | ["v1", "services", _] | ["v1", "services", _, "commands"]) => {
+        (&Method::POST, ["v1", "services", name, "cgroups"]) => match pid {
+            Some(pid) => ask(requests, |reply| Request::Attach((*name).to_owned(), pid, reply)).await,
+            None => refuse(StatusCode::BAD_REQUEST, "the kernel does not tell who is calling"),
+        },
+        (_, ["v1", "status"] | ["v1", "services", _] | ["v1", "services", _, "commands" | "cgroups"]) => {
             refuse(StatusCode::METHOD_NOT_ALLOWED, "this path does not know this method")
         }
         _ => refuse(StatusCode::NOT_FOUND, "no such path; see the reference of the control socket"),
@@ -134,7 +138,7 @@ async fn ask<T: Serialize>(
 
 fn status_of(error: &daemon::Error) -> StatusCode {
     match error {
-        daemon::Error::Unknown(_) => StatusCode::NOT_FOUND,
+        daemon::Error::Unknown(_) | daemon::Error::NotEnabled(_) => StatusCode::NOT_FOUND,
         daemon::Error::BadName(_) | daemon::Error::Plan(_) => StatusCode::BAD_REQUEST,
         _ => StatusCode::INTERNAL_SERVER_ERROR,
     }

@@ -1,5 +1,6 @@
 //! What is enabled, on disk: written before the kernel is touched, so that a restart goes on from there.
 
+use crate::mode::Mode;
 use serde::{Deserialize, Serialize};
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -17,6 +18,9 @@ const VERSION: u32 = 1;
 #[serde(deny_unknown_fields)]
 pub(crate) struct State {
     version: u32,
+    /// How the daemon steers, for what runs without it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    mode: Option<Mode>,
     services: BTreeMap<String, Entry>,
 }
 
@@ -61,6 +65,16 @@ pub(crate) enum StateError {
 }
 
 impl State {
+    /// How the daemon steers, or did last.
+    pub(crate) fn mode(&self) -> Option<Mode> {
+        self.mode
+    }
+
+    /// With another way of steering.
+    pub(crate) fn set_mode(&mut self, mode: Mode) {
+        self.mode = Some(mode);
+    }
+
     /// Every entry, by name.
     pub(crate) fn iter(&self) -> impl Iterator<Item = (&str, &Entry)> {
         self.services.iter().map(|(name, entry)| (name.as_str(), entry))

@@ -6,7 +6,7 @@ use crate::{
     config::{Config, Scope},
     redirect::Cgroup,
 };
-use std::{collections::HashMap, io, path::Path, path::PathBuf, time::Duration, time::Instant};
+use std::{collections::HashMap, fs, io, path::Path, path::PathBuf, time::Duration, time::Instant};
 
 /// How long a unit that does not run is not asked for again. Its own start attaches it in any case.
 const ASK_AGAIN: Duration = Duration::from_secs(5);
@@ -113,6 +113,29 @@ impl Workloads {
         }
     }
 
+    /// Takes note of where a unit is.
+    pub(crate) fn learn(&mut self, unit: String, path: String) {
+        self.units.insert(unit, UnitCgroup { path: Some(path), asked: Instant::now() });
+    }
+
+    /// The cgroup of a process.
+    ///
+    /// systemd runs a unit's control commands in a `.control` child where the unit is delegated.
+    pub(crate) fn cgroup_of(&self, pid: i32) -> io::Result<Cgroup> {
+        let text = fs::read_to_string(format!("/proc/{pid}/cgroup"))?;
+        let path = text.lines().find_map(|line| line.strip_prefix("0::"));
+        let path = path.ok_or_else(|| io::Error::other("it has no cgroup2 line (0::/…)"))?;
+        Cgroup::open(&self.dir(path.strip_suffix("/.control").unwrap_or(path)))
+    }
+
+    /// A cgroup's path, as the configuration writes it.
+    pub(crate) fn path_of(&self, cgroup: &Cgroup) -> String {
+        match cgroup.dir.strip_prefix(&self.cgroup_root) {
+            Ok(below) => format!("/{}", below.display()),
+            Err(_) => cgroup.dir.display().to_string(),
+        }
+    }
+
     /// The directory of a cgroup's path.
     pub(crate) fn dir(&self, path: &str) -> PathBuf {
         self.cgroup_root.join(path.trim_start_matches('/'))
@@ -131,18 +154,6 @@ impl Workloads {
         self.units.insert(unit.to_owned(), UnitCgroup { path, asked: Instant::now() });
         cgroup
     }
-}
-
-/// The cgroup of the calling process.
-///
-/// systemd runs a unit's control commands in a `.control` child where the unit is delegated.
-pub(crate) fn own_cgroup(cgroup_root: &Path) -> io::Result<Cgroup> {
-    let text = std::fs::read_to_string("/proc/self/cgroup")?;
-    let path = text
-        .lines()
-        .find_map(|line| line.strip_prefix("0::/"))
-        .ok_or_else(|| io::Error::other("/proc/self/cgroup has no cgroup2 line (0::/…)"))?;
-    Cgroup::open(&cgroup_root.join(path.strip_suffix("/.control").unwrap_or(path)))
 }
 
 fn implied_unit(name: &str) -> String {

@@ -44,6 +44,7 @@ fn a_draining_proxy_finishes_open_requests(sandbox: &Sandbox) {
     let open = slow_request(sandbox);
     mesh.proxy.terminate();
     sleep(Duration::from_millis(200));
+    sandbox.settle();
 
     ask(sandbox, Place::Shop, "10.77.0.10:8080").is("origin");
     let answer = open.finish();

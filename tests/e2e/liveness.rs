@@ -20,6 +20,7 @@ fn without_a_proxy_an_open_service_connects_directly(sandbox: &Sandbox) {
     answers(sandbox).are_balanced();
 
     mesh.proxy.sigkill();
+    sandbox.settle();
     ask(sandbox, Place::Shop, &origin()).is("origin");
     let counters = Counters { steered: 6, passed_proxy_absent: 1, ..Counters::default() };
     assert_eq!(mesh.agent.counters("shop"), counters);
@@ -35,6 +36,7 @@ fn without_a_proxy_a_closed_service_is_refused(sandbox: &Sandbox) {
     answers(sandbox).are_balanced();
 
     mesh.proxy.sigkill();
+    sandbox.settle();
     let complaint = sandbox.peer(Place::Shop).args(["connect", &origin()]).run();
     assert!(complaint.failed_with(1).contains("ECONNREFUSED"), "{complaint:?}");
     assert_eq!(mesh.agent.counters("shop"), Counters { steered: 6, refused: 1, ..Counters::default() });
@@ -46,6 +48,7 @@ fn one_service_may_be_closed_while_others_are_open(sandbox: &Sandbox) {
     let mesh = Mesh::enabled(sandbox, &cart);
     mesh.agent.enable("cart");
     mesh.proxy.sigkill();
+    sandbox.settle();
     ask(sandbox, Place::Shop, &origin()).is("origin");
     ask(sandbox, Place::Cart, &origin()).failed_with(CURL_COULD_NOT_CONNECT);
 }
@@ -68,6 +71,7 @@ fn a_proxy_that_hangs_is_passed_by(sandbox: &Sandbox) {
 fn a_foreign_program_on_the_proxys_port_gets_nothing(sandbox: &Sandbox) {
     let mesh = Mesh::enabled(sandbox, "");
     mesh.proxy.sigkill();
+    sandbox.settle();
     let intruder =
         Upstream::http_at(sandbox, Place::Outside, "intruder", &["127.0.0.1:15001", "[::1]:15001"]);
     answers(sandbox).are_from(&["origin"]);

@@ -5,18 +5,35 @@
 
 #![expect(clippy::expect_used, reason = "what a scenario expects fails the test, with a message")]
 
-/// Makes of each scenario one test for every mode of steering.
+/// Makes of each scenario one test for every mode of steering, or for those that are named.
 macro_rules! scenarios {
-    ($($scenario:ident),+ $(,)?) => {
-        mod ebpf {
-            $(
-                #[test]
-                fn $scenario() {
-                    let sandbox = tests::Sandbox::new(stringify!($scenario), tests::Mode::Ebpf);
-                    super::$scenario(&sandbox);
-                }
-            )+
+    (only ebpf: $($scenario:ident),+ $(,)?) => {
+        $(
+            mod $scenario {
+                scenarios!(@test $scenario, ebpf, Ebpf);
+            }
+        )+
+    };
+    (only nftables: $($scenario:ident),+ $(,)?) => {
+        $(
+            mod $scenario {
+                scenarios!(@test $scenario, nftables, Nftables);
+            }
+        )+
+    };
+    (@test $scenario:ident, $name:ident, $mode:ident) => {
+        #[test]
+        fn $name() {
+            super::$scenario(&tests::Sandbox::new(stringify!($scenario), tests::Mode::$mode));
         }
+    };
+    ($($scenario:ident),+ $(,)?) => {
+        $(
+            mod $scenario {
+                scenarios!(@test $scenario, ebpf, Ebpf);
+                scenarios!(@test $scenario, nftables, Nftables);
+            }
+        )+
     };
 }
 
@@ -30,6 +47,7 @@ mod families;
 mod harness;
 mod listener;
 mod liveness;
+mod nftables;
 mod systemd;
 mod tunnel;
 mod undo;

@@ -1,6 +1,7 @@
 //! On a machine with systemd: installed, steered across restarts, and gone without a trace.
 
 use std::env;
+use std::fs;
 use std::process::Command;
 use std::thread::sleep;
 use std::time::Duration;
@@ -8,7 +9,8 @@ use std::time::Duration;
 use tests::{Footprint, INSTANCES, Machine, Metrics, ORIGIN, PROXY_CONFIG, Root, Sandbox, Status, Upstream};
 use tests::{binaries, eventually, wait_for};
 
-scenarios![a_unit_is_steered_across_restarts_and_all_is_uninstalled_without_a_trace];
+scenarios![only ebpf: a_unit_is_steered_across_restarts_and_all_is_uninstalled_without_a_trace];
+scenarios![only nftables: a_host_that_refuses_bpf_gets_a_table];
 
 /// A unit that never heard of the mesh: it connects as soon as it is started, and then over and over.
 const SHOP: &str = "\
@@ -49,6 +51,27 @@ fn a_unit_is_steered_across_restarts_and_all_is_uninstalled_without_a_trace(sand
     assert_eq!(added(&files, &shop.run(LIST_FILES)), Vec::<&str>::new());
 }
 
+/// As a container runtime or a hardened host refuses it to the daemon, and to the step before a unit's start.
+const WITHOUT_BPF: &str = "[Service]\nSystemCallFilter=~bpf\nSystemCallErrorNumber=EPERM\n";
+
+fn a_host_that_refuses_bpf_gets_a_table(sandbox: &Sandbox) {
+    let shop = Shop::on_a_machine(sandbox);
+    shop.restrict("mesh-redirect", WITHOUT_BPF);
+    shop.install();
+    let log = shop.run("journalctl --unit mesh-redirect --output cat");
+    assert!(log.contains("no ebpf: ") && log.contains("mode=nftables"), "{log}");
+    shop.connects_directly();
+
+    shop.run("mesh-redirect enable shop");
+    shop.is_steered();
+    shop.is_steered_throughout("systemctl restart shop");
+    shop.is_steered_throughout("systemctl restart mesh-redirect");
+    shop.is_steered_throughout("systemctl restart shop");
+    shop.run("mesh-redirect disable shop");
+    shop.connects_directly();
+    eventually("nothing is left in the kernel", SOON, || Footprint::of(sandbox).is_empty());
+}
+
 /// The unit `shop` on a machine of its own, and the servers it may end up at.
 struct Shop<'s> {
     machine: Machine<'s>,
@@ -70,6 +93,13 @@ impl<'s> Shop<'s> {
         xtask("install", self.machine.root(), &["--bin-dir", &binaries().to_string_lossy()]);
         self.machine.root().write("etc/mesh-redirect/proxy.yaml", PROXY_CONFIG);
         self.run("systemctl daemon-reload && systemctl start mesh-redirect mesh-proxy shop");
+    }
+
+    /// Adds settings to a unit that is not there yet.
+    fn restrict(&self, unit: &str, settings: &str) {
+        let folder = format!("etc/systemd/system/{unit}.service.d");
+        fs::create_dir_all(self.machine.root().path().join(&folder)).expect("make a folder for settings");
+        self.machine.root().write(&format!("{folder}/restricted.conf"), settings);
     }
 
     fn uninstall(&self) {

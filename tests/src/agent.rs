@@ -69,7 +69,8 @@ impl<'s> Agent<'s> {
     /// services come last, settings that are indented add to them.
     pub fn yaml(sandbox: &Sandbox, settings: &str) -> String {
         format!(
-            "paths:
+            "mode: {mode}
+paths:
   run: {run}
   state: {state}
   pins: {pins}
@@ -80,6 +81,7 @@ services:
   shop: {{ cgroup: {shop} }}
   stock: {{ cgroup: {stock} }}
 {settings}",
+            mode = sandbox.mode.name(),
             run = sandbox.path("run").display(),
             state = sandbox.path("state").display(),
             pins = sandbox.pins().display(),

@@ -23,6 +23,8 @@ pub struct Footprint {
     programs: Ids,
     maps: Ids,
     pins: BTreeSet<PathBuf>,
+    /// The table of nf_tables, but for what the kernel counts and lets expire.
+    table: Option<String>,
 }
 
 impl Footprint {
@@ -37,6 +39,7 @@ impl Footprint {
             found.add_pinned(pin);
         }
         found.add_used();
+        found.table = table(sandbox);
         found
     }
 
@@ -61,6 +64,8 @@ impl Footprint {
             links: &self.links & &alive("link"),
             programs: &self.programs & &alive("prog"),
             maps: &self.maps & &alive("map"),
+            // A table is gone at once.
+            table: None,
             pins: self.pins.iter().filter(|pin| pin.exists()).cloned().collect(),
         }
     }
@@ -92,6 +97,14 @@ impl Footprint {
             }
         }
     }
+}
+
+fn table(sandbox: &Sandbox) -> Option<String> {
+    let list = ["--stateless", "list", "table", "inet", "mesh_redirect"];
+    let nft = sandbox.enter(|| Command::new("nft").args(list).env("PATH", PATH).output().expect("run nft"));
+    let text = String::from_utf8_lossy(&nft.stdout).into_owned();
+    let lasting = |line: &&str| !line.contains(" timeout 3s");
+    nft.status.success().then(|| text.lines().filter(lasting).collect::<Vec<_>>().join("\n"))
 }
 
 /// systemd attaches programs to its units' cgroups too, for device access and for IP accounting.

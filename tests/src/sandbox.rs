@@ -4,6 +4,8 @@ use std::fs::{self, Permissions};
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::sync::Once;
+use std::thread::sleep;
+use std::time::Duration;
 
 use tempfile::TempDir;
 
@@ -18,6 +20,8 @@ use crate::sweep;
 pub enum Mode {
     /// Connect hooks at the service's cgroup.
     Ebpf,
+    /// A table of nf_tables.
+    Nftables,
 }
 
 /// Where in the sandbox a program runs: a network namespace and a cgroup.
@@ -37,6 +41,16 @@ pub enum Place {
     Machine,
     /// On the other end of the wire.
     Peer,
+}
+
+impl Mode {
+    /// As agent.yaml writes it.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Ebpf => "ebpf",
+            Self::Nftables => "nftables",
+        }
+    }
 }
 
 impl Place {
@@ -74,7 +88,7 @@ impl Sandbox {
             host::require();
             sweep::sweep();
         });
-        let name = sweep::name(scenario);
+        let name = sweep::name(&format!("{}-{scenario}", mode.name()));
         let here = Namespace::create(name.clone());
         let peer = Namespace::create(format!("{name}.peer"));
         here.join(&peer);
@@ -97,6 +111,14 @@ impl Sandbox {
     /// Connects, or does whatever else, where the service and the proxy are.
     pub fn enter<T: Send>(&self, inside: impl FnOnce() -> T + Send) -> T {
         self.here.enter(inside)
+    }
+
+    /// Waits until the kernel knows what became of the proxy: connect hooks see it at each connection, a table is told by
+    /// the daemon.
+    pub fn settle(&self) {
+        if self.mode == Mode::Nftables {
+            sleep(Duration::from_secs(1));
+        }
     }
 
     /// Where the network namespace of service and proxy is.

@@ -8,8 +8,8 @@ use std::{
     process::{Command, Output},
 };
 
-/// A root file system with systemd, for tests to boot.
-pub(crate) const SYSTEMD_ROOT: &str = "/var/cache/mesh-redirect/systemd-root";
+/// A root file system with systemd, for tests to boot. Its number goes up with every change of what is in it.
+pub(crate) const SYSTEMD_ROOT: &str = "/var/cache/mesh-redirect/systemd-root-2";
 
 /// What shall be possible afterwards; each includes the one before.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -25,10 +25,14 @@ pub(crate) enum For {
 /// Commands that are called, with Debian's packages that have them.
 const TOOLS: &[(For, &str, &str)] = &[
     (For::Build, "cc", "gcc libc6-dev"),
+    (For::Build, "pkg-config", "pkg-config"),
+    (For::Build, "/usr/include/libnftnl/set.h", "libnftnl-dev"),
+    (For::Build, "/usr/include/libmnl/libmnl.h", "libmnl-dev"),
     (For::Demo, "ip", "iproute2"),
     (For::Demo, "curl", "curl"),
     (For::Demo, "setpriv", "util-linux"),
     (For::Demo, "bpftool", "bpftool"),
+    (For::Demo, "nft", "nftables"),
     (For::Tests, "python3", "python3"),
     (For::Tests, "node", "nodejs"),
     (For::Tests, "readelf", "binutils"),
@@ -114,7 +118,7 @@ fn systemd_root() -> anyhow::Result<()> {
     fs::create_dir_all(root.with_file_name("")).context("make /var/cache/mesh-redirect")?;
     let mut mmdebstrap = Command::new("eatmydata");
     mmdebstrap.args(["mmdebstrap", "--quiet", "--variant=minbase"]);
-    mmdebstrap.arg("--include=systemd,systemd-sysv,dbus,iproute2,curl,procps");
+    mmdebstrap.arg("--include=systemd,systemd-sysv,dbus,iproute2,curl,procps,nftables");
     mmdebstrap.arg("bookworm").arg(&unfinished);
     quietly(mmdebstrap)?;
     fs::rename(&unfinished, root).with_context(|| format!("rename {}", unfinished.display()))

@@ -7,11 +7,12 @@ use serde::{
     de::{self, MapAccess, Visitor},
 };
 use serde_saphyr::Spanned;
-use std::{collections::BTreeMap, fmt, num::NonZeroU16, path::PathBuf};
+use std::{collections::BTreeMap, fmt, net::SocketAddr, num::NonZeroU16, path::PathBuf};
 
 #[derive(Debug, Default, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub(super) struct RawConfig {
+    pub(super) mode: Option<RawMode>,
     pub(super) paths: RawPaths,
     pub(super) proxy: RawProxy,
     pub(super) failure: Option<Failure>,
@@ -31,6 +32,7 @@ pub(super) struct RawPaths {
 #[serde(deny_unknown_fields, default)]
 pub(super) struct RawProxy {
     pub(super) port: Option<Port>,
+    pub(super) admin: Option<Spanned<SocketAddr>>,
     pub(super) unit: Option<Spanned<String>>,
     pub(super) cgroup: Option<Spanned<String>>,
 }
@@ -49,6 +51,15 @@ pub(super) struct RawService {
 pub(super) struct RawCapture {
     pub(super) include: Option<Vec<Capture>>,
     pub(super) exclude: Option<Vec<Capture>>,
+}
+
+/// How connections are steered.
+#[derive(Clone, Copy, Debug, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub(super) enum RawMode {
+    Auto,
+    Ebpf,
+    Nftables,
 }
 
 /// A service's name.

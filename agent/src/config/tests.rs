@@ -11,7 +11,9 @@ fn refused(text: &str) -> String {
 #[test]
 fn nothing_written_means_the_defaults() {
     let config = parse("").unwrap();
-    assert_eq!(config.proxy, Proxy { port: 15001, scope: Scope::Unit("mesh-proxy.service".into()) });
+    let admin = "127.0.0.1:15000".parse().unwrap();
+    let proxy = Proxy { port: 15001, admin, scope: Scope::Unit("mesh-proxy.service".into()) };
+    assert_eq!((config.mode, config.proxy), (Wanted::Auto, proxy));
     assert_eq!(config.defaults, Policy { failure: Failure::Open, include: anything(), exclude: vec![] });
     assert_eq!(config.paths.pins, Path::new("/sys/fs/bpf/mesh-redirect"));
 }
@@ -51,6 +53,8 @@ fn captures_are_blocks_ports_or_both() {
 fn every_fault_is_named_with_its_place_and_what_was_expected() {
     let cases = [
         ("colour: red\n", "1:1", "unknown field `colour`"),
+        ("mode: magic\n", "1:7", "expected one of auto, ebpf, nftables"),
+        ("proxy: { admin: localhost }\n", "1:17", "socket address"),
         ("failure: ajar\n", "1:10", "expected one of open, closed"),
         ("capture:\n  include:\n    - 10.0.0.0/33\n", "3:7", "`10.0.0.0/33` is not a CIDR; expected"),
         ("capture:\n  include: [10.0.0.1/8]\n", "2:13", "has host bits set; expected 10.0.0.0/8"),

@@ -16,6 +16,20 @@ fn looked_up(entries: &[Entry], destination: SocketAddr) -> bool {
     found.map_or(VERDICT_PASS, |entry| decide::verdict(&entry.rules, destination.port())) == VERDICT_STEER
 }
 
+/// What the ranges say of a destination; at most one may be around it.
+fn in_ranges(ranges: &[Range], destination: SocketAddr) -> bool {
+    let around = |range: &&Range| {
+        range.first.is_ipv4() == destination.is_ipv4()
+            && (range.first..=range.last).contains(&destination.ip())
+    };
+    let found: Vec<&Range> = ranges.iter().filter(around).collect();
+    assert!(found.len() <= 1, "{destination} is in more than one of {found:?}");
+    let ports = |range: &&&Range| {
+        range.ports.iter().any(|ports| (ports.first..=ports.last).contains(&destination.port()))
+    };
+    found.iter().any(|range| ports(&range))
+}
+
 #[track_caller]
 fn steered(policy: &Policy, destination: &str) -> bool {
     let destination = destination.parse().unwrap();
@@ -25,6 +39,8 @@ fn steered(policy: &Policy, destination: &str) -> bool {
         decided,
         "{destination}: compiled and defined differ"
     );
+    let ranges = ranges(&compile(policy).unwrap());
+    assert_eq!(in_ranges(&ranges, destination), decided, "{destination}: {ranges:?}");
     decided
 }
 
@@ -77,6 +93,38 @@ fn ranges_that_touch_are_joined_and_too_many_are_an_error() {
 }
 
 #[test]
+fn ranges_leave_out_what_is_local_and_join_neighbours() {
+    let shown = |text: &str| -> Vec<String> {
+        let ranges = ranges(&compile(&policy(text)).unwrap());
+        ranges.iter().map(|range| format!("{}-{}", range.first, range.last)).collect()
+    };
+    assert_eq!(
+        shown(""),
+        [
+            "1.0.0.0-126.255.255.255",
+            "128.0.0.0-169.253.255.255",
+            "169.255.0.0-223.255.255.255",
+            "::2-fe7f:ffff:ffff:ffff:ffff:ffff:ffff:ffff",
+            "fec0::-feff:ffff:ffff:ffff:ffff:ffff:ffff:ffff",
+        ]
+    );
+    assert_eq!(
+        shown("capture: { include: [10.0.0.0/9, 10.128.0.0/9, 127.1.0.0/16] }"),
+        ["10.0.0.0-10.255.255.255"]
+    );
+    let local = |address: IpAddr| {
+        let destination = match address {
+            IpAddr::V4(address) => decide::Destination::from_ipv4(address.octets(), 80),
+            IpAddr::V6(address) => decide::Destination::from_ipv6(address.octets(), 80),
+        };
+        destination.is_local()
+    };
+    for range in ranges(&compile(&policy("")).unwrap()) {
+        assert!(!local(range.first) && !local(range.last), "{range:?}");
+    }
+}
+
+#[test]
 fn keys_carry_policy_family_and_prefix() {
     let v4 = compile(&policy("capture: { include: [10.1.0.0/16] }")).unwrap();
     let (bits, key) = v4[0].key(9);
@@ -95,17 +143,23 @@ fn what_is_compiled_agrees_with_its_definition() {
     for seed in 1..=400 {
         let mut random = Random(seed);
         let policy = Policy {
-            failure: crate::config::Failure::Open,
+            failure: Failure::Open,
             include: (0..random.below(4)).map(|_| random.capture()).collect(),
             exclude: (0..random.below(5)).map(|_| random.capture()).collect(),
         };
         let entries = compile(&policy).unwrap();
+        let ranges = ranges(&entries);
         for _ in 0..100 {
             let destination = random.destination();
             assert_eq!(
                 looked_up(&entries, destination),
                 steers(&policy, destination),
                 "seed {seed}, {destination}, {policy:?}"
+            );
+            assert_eq!(
+                in_ranges(&ranges, destination),
+                steers(&policy, destination),
+                "seed {seed}, {destination}, {policy:?}, {ranges:?}"
             );
         }
     }
@@ -125,9 +179,9 @@ impl Random {
     fn address(&mut self) -> IpAddr {
         let bits = self.below(16) as u32;
         if self.below(3) == 0 {
-            IpAddr::V6(std::net::Ipv6Addr::from(0xfd00_u128 << 112 | u128::from(bits)))
+            IpAddr::V6(Ipv6Addr::from(0xfd00_u128 << 112 | u128::from(bits)))
         } else {
-            IpAddr::V4(std::net::Ipv4Addr::from(10 << 24 | bits))
+            IpAddr::V4(Ipv4Addr::from(10 << 24 | bits))
         }
     }
 

@@ -1,7 +1,7 @@
 //! The compiled programs: into the kernel, and from there to cgroups.
 
 use super::{Cgroup, Error, pins::Pins};
-use crate::sys;
+use crate::sys::bpf;
 use agent_ebpf::{
     NETNS_COOKIES, maps,
     programs::{self, Program},
@@ -56,7 +56,7 @@ pub(super) fn link(pins: &Pins, program: Program, cgroup: &Cgroup) -> Result<Own
     };
     let dir = fs::File::open(&cgroup.dir).map_err(open)?;
     let pinned = pinned(pins, program)?;
-    sys::link_create(pinned.as_fd(), dir.as_fd(), program.attach_type).map_err(|cause| {
+    bpf::link_create(pinned.as_fd(), dir.as_fd(), program.attach_type).map_err(|cause| {
         match cause.raw_os_error() {
             // The cgroup was removed after it was opened (cgroup_bpf_attach: "if (cgroup_is_dead)").
             Some(libc::ENODEV | libc::ENOENT | libc::ENOLINK) => {
@@ -105,7 +105,7 @@ fn replace_pin(pins: &Pins, program: Program, loaded: &aya::programs::Program) -
             Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
             _ => {}
         }
-        sys::pin(fd.as_fd(), &next)?;
+        bpf::pin(fd.as_fd(), &next)?;
         fs::rename(&next, &path)
     };
     replace().map_err(|cause| Error::Pin { action: "create", path: path.clone(), cause })
@@ -116,7 +116,7 @@ fn update_links(pins: &Pins) -> Result<(), Error> {
     for scope in pins.scopes()? {
         for program in programs::all() {
             let Ok(link) = pins.link(scope, program) else { continue };
-            match sys::link_update(link.as_fd(), pinned(pins, program)?.as_fd()) {
+            match bpf::link_update(link.as_fd(), pinned(pins, program)?.as_fd()) {
                 Ok(()) => {}
                 // The cgroup is gone; the next prune removes the link.
                 Err(error) if error.raw_os_error() == Some(libc::ENOLINK) => {}
@@ -131,5 +131,5 @@ fn update_links(pins: &Pins) -> Result<(), Error> {
 
 fn pinned(pins: &Pins, program: Program) -> Result<OwnedFd, Error> {
     let path = pins.program(program);
-    sys::open_pin(&path).map_err(|cause| Error::Pin { action: "open", path, cause })
+    bpf::open_pin(&path).map_err(|cause| Error::Pin { action: "open", path, cause })
 }

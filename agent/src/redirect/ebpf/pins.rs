@@ -3,7 +3,7 @@
 //! Only names that this file can have written are ever removed.
 
 use super::Error;
-use crate::sys;
+use crate::sys::bpf;
 use agent_ebpf::{
     ABI_VERSION, maps,
     programs::{self, Program},
@@ -131,17 +131,17 @@ impl Pins {
 
     pub(super) fn pin_link(&self, scope: Scope, program: Program, link: BorrowedFd<'_>) -> Result<(), Error> {
         let path = self.scope(scope).join(program.name);
-        sys::pin(link, &path).map_err(|cause| Error::Pin { action: "create", path, cause })
+        bpf::pin(link, &path).map_err(|cause| Error::Pin { action: "create", path, cause })
     }
 
     pub(super) fn link(&self, scope: Scope, program: Program) -> io::Result<OwnedFd> {
-        sys::open_pin(&self.scope(scope).join(program.name))
+        bpf::open_pin(&self.scope(scope).join(program.name))
     }
 
     /// Whether the kernel says that all of the programs are attached to the scope's cgroup.
     pub(super) fn is_attached(&self, scope: Scope, programs: &[Program]) -> bool {
         programs.iter().all(|&program| {
-            let info = self.link(scope, program).and_then(|link| sys::link_info(link.as_fd()));
+            let info = self.link(scope, program).and_then(|link| bpf::link_info(link.as_fd()));
             info.is_ok_and(|info| info.cgroup_id == scope.cgroup)
         })
     }

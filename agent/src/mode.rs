@@ -1,0 +1,114 @@
+//! Which way of steering this host gets: a pure choice over what was found of it. Nothing falls back anywhere else.
+
+use serde::{Deserialize, Serialize};
+use std::fmt;
+
+/// A way of steering.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub(crate) enum Mode {
+    /// Connect hooks on the services' cgroups.
+    Ebpf,
+    /// A table of nf_tables.
+    Nftables,
+}
+
+/// The best first.
+pub(crate) const ALL: [Mode; 2] = [Mode::Ebpf, Mode::Nftables];
+
+/// What the configuration asks for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Wanted {
+    /// The best that this host can do.
+    Auto,
+    /// This one or none.
+    Only(Mode),
+}
+
+/// What was found of each mode: that it works here, or why not.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Facts {
+    pub(crate) ebpf: Result<(), String>,
+    pub(crate) nftables: Result<(), String>,
+}
+
+/// A mode, and why it is this one.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Choice {
+    pub(crate) mode: Mode,
+    /// One line.
+    pub(crate) reason: String,
+}
+
+/// No mode is possible, or not the one that is asked for.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("{0}; `mesh-redirect check` says more")]
+pub(crate) struct Impossible(String);
+
+impl Facts {
+    fn of(&self, mode: Mode) -> &Result<(), String> {
+        match mode {
+            Mode::Ebpf => &self.ebpf,
+            Mode::Nftables => &self.nftables,
+        }
+    }
+}
+
+/// Chooses.
+pub(crate) fn choose(wanted: Wanted, facts: &Facts) -> Result<Choice, Impossible> {
+    if let Wanted::Only(mode) = wanted {
+        return match facts.of(mode) {
+            Ok(()) => Ok(Choice { mode, reason: "the configuration asks for it".to_owned() }),
+            Err(why) => Err(Impossible(format!("`mode: {mode}` is not possible here: {why}"))),
+        };
+    }
+    let mut refused = Vec::new();
+    for mode in ALL {
+        match facts.of(mode) {
+            Ok(()) if refused.is_empty() => {
+                return Ok(Choice { mode, reason: "the best there is, and this host can do it".to_owned() });
+            }
+            Ok(()) => return Ok(Choice { mode, reason: refused.join("; ") }),
+            Err(why) => refused.push(format!("no {mode}: {why}")),
+        }
+    }
+    Err(Impossible(format!("nothing can be steered on this host: {}", refused.join("; "))))
+}
+
+impl fmt::Display for Mode {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Ebpf => "ebpf",
+            Self::Nftables => "nftables",
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_best_that_works_is_chosen_and_says_why_the_better_ones_are_not() {
+        let (yes, no) = (Ok(()), |why: &str| Err(why.to_owned()));
+        let cases = [
+            (Wanted::Auto, yes.clone(), yes.clone(), Ok((Mode::Ebpf, "this host can do it"))),
+            (Wanted::Auto, yes.clone(), no("x"), Ok((Mode::Ebpf, "this host can do it"))),
+            (Wanted::Auto, no("bpf: EPERM"), yes.clone(), Ok((Mode::Nftables, "no ebpf: bpf: EPERM"))),
+            (Wanted::Auto, no("a"), no("b"), Err("no ebpf: a; no nftables: b")),
+            (Wanted::Only(Mode::Nftables), yes.clone(), yes.clone(), Ok((Mode::Nftables, "asks for it"))),
+            (Wanted::Only(Mode::Ebpf), no("too old"), yes, Err("`mode: ebpf` is not possible here: too old")),
+        ];
+        for (wanted, ebpf, nftables, expected) in cases {
+            let facts = Facts { ebpf, nftables };
+            match (choose(wanted, &facts), expected) {
+                (Ok(choice), Ok((mode, why))) => {
+                    assert_eq!(choice.mode, mode, "{facts:?}");
+                    assert!(choice.reason.contains(why), "{choice:?}");
+                }
+                (Err(error), Err(why)) => assert!(error.to_string().contains(why), "{error}"),
+                (got, expected) => panic!("{wanted:?} {facts:?}: {got:?}, expected {expected:?}"),
+            }
+        }
+    }
+}

@@ -1,0 +1,148 @@
+//! Steering with nf_tables, where eBPF cannot be had. Linux 5.10; by cgroup, 5.13.
+//!
+//! One table of our own, replaced whole in one transaction. The proxy counts as alive while the daemon says so every
+//! second: without either of them the kernel forgets it after three, and the rules let connections pass or refuse them.
+
+mod kernel;
+mod message;
+mod ruleset;
+
+use super::{Cgroup, Desired, Service, ServiceStatus, Status};
+use crate::{config::Failure, rules, sockets};
+use agent_ebpf::Counters;
+use kernel::Kernel;
+use ruleset::{COUNTERS, Family, Ruleset, counter};
+use std::{
+    collections::BTreeMap,
+    io,
+    path::{Path, PathBuf},
+    time::Duration,
+};
+
+/// How long the proxy counts as alive after it was last said to be.
+const ALIVE: Duration = Duration::from_secs(3);
+
+/// What can go wrong between the agent and the kernel.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum Error {
+    /// There is no socket to talk over.
+    #[error("talk to nf_tables: {0}{hint}", hint = hint(.0))]
+    Socket(io::Error),
+    /// The kernel refuses a transaction; nothing was changed.
+    #[error("nf_tables: {what}: {cause}{hint}", hint = hint(.cause))]
+    Refused {
+        /// Which part of it.
+        what: &'static str,
+        /// Why.
+        cause: io::Error,
+    },
+}
+
+fn hint(error: &io::Error) -> &'static str {
+    match error.raw_os_error() {
+        Some(libc::EPERM) => "; is CAP_NET_ADMIN there?",
+        Some(libc::EPROTONOSUPPORT | libc::EAFNOSUPPORT) => "; does this kernel have nf_tables?",
+        _ => "",
+    }
+}
+
+/// The mode, over its table in the network namespace this runs in.
+#[derive(Debug)]
+pub(crate) struct Nftables {
+    cgroup_root: PathBuf,
+    proxy_port: u16,
+}
+
+impl Nftables {
+    /// For services below a cgroup2 mount, and a proxy that listens on this port.
+    pub(crate) fn new(cgroup_root: PathBuf, proxy_port: u16) -> Self {
+        Self { cgroup_root, proxy_port }
+    }
+
+    /// Makes the kernel steer what is desired and nothing else: all of it, or nothing is changed.
+    ///
+    /// With nothing desired the table goes, but not before the last connection that was steered: with the last rule that
+    /// translates in a network namespace the kernel ends all translation there.
+    pub(crate) fn apply(&self, desired: &Desired) -> Result<(), Error> {
+        let kernel = Kernel::open()?;
+        let found = kernel.fingerprint()?;
+        let ruleset = if !desired.services.is_empty() {
+            Ruleset::new(desired, &self.cgroup_root)
+        } else if found.is_some() && sockets::are_connected(self.proxy_port).map_err(Error::Socket)? {
+            Ruleset::lingering()
+        } else {
+            return self.remove();
+        };
+        if found == Some(ruleset.fingerprint()) {
+            return Ok(());
+        }
+        kernel.commit(message::replace(&kernel.present()?, &ruleset))
+    }
+
+    /// Removes the table. Connections that were steered end, unless something else translates addresses here.
+    pub(crate) fn remove(&self) -> Result<(), Error> {
+        let kernel = Kernel::open()?;
+        let present = kernel.present()?;
+        if present == message::Present::default() {
+            return Ok(());
+        }
+        kernel.commit(message::remove())
+    }
+
+    /// Says whether the proxy listens for IPv4 and for IPv6 and is well; has to be repeated within three seconds.
+    pub(crate) fn keep_alive(&self, [v4, v6]: [bool; 2]) -> Result<(), Error> {
+        let kernel = Kernel::open()?;
+        if kernel.fingerprint()?.is_none() {
+            return Ok(());
+        }
+        let families = [(Family::V4, v4), (Family::V6, v6)];
+        let which = |alive| {
+            let some = families.iter().filter(move |(_, is_alive)| *is_alive == alive);
+            some.map(|(family, _)| *family).collect::<Vec<_>>()
+        };
+        kernel.commit(message::keep_alive(&which(true), &which(false), ALIVE))
+    }
+
+    /// What the kernel says is there.
+    pub(crate) fn status(&self, desired: &Desired) -> Result<Status, Error> {
+        let kernel = Kernel::open()?;
+        let in_place = kernel.fingerprint()? == Some(Ruleset::new(desired, &self.cgroup_root).fingerprint());
+        let counters = kernel.counters()?;
+        let service = |service: &Service| ServiceStatus {
+            id: service.id,
+            cgroups: service.scopes.iter().filter(|_| in_place).map(|cgroup| cgroup.id).collect(),
+            counters: counters_of(&counters, service.id),
+        };
+        Ok(Status {
+            // Nothing has to be attached to the proxy.
+            proxies: desired.proxy.iter().map(|cgroup| cgroup.id).collect(),
+            services: desired.services.iter().map(service).collect(),
+        })
+    }
+}
+
+fn counters_of(counters: &BTreeMap<String, u64>, id: u32) -> Counters {
+    let [steered, passed_by_rule, passed_proxy_absent, refused] =
+        COUNTERS.map(|what| counters.get(&counter(what, id)).copied().unwrap_or_default());
+    Counters { steered, passed_by_rule, passed_proxy_absent, refused, errors: 0 }
+}
+
+/// Whether the kernel would take the rules of a service that is a cgroup. Nothing is changed.
+pub(crate) fn try_rules(cgroup_root: &Path) -> Result<(), Error> {
+    let service = Service {
+        id: 1,
+        name: String::new(),
+        failure: Failure::Closed,
+        proxy_port: 1,
+        entries: rules::everything(),
+        scopes: vec![Cgroup { dir: cgroup_root.join("any"), id: 1 }],
+        users: vec![1],
+    };
+    let ruleset = Ruleset::new(&Desired { proxy: None, services: vec![service] }, cgroup_root);
+    Kernel::open()?.check(message::replace(&message::Present::default(), &ruleset))
+}
+
+/// Tables of others' that translate addresses too.
+pub(crate) fn other_nat_tables() -> Result<Vec<String>, Error> {
+    Kernel::open()?.other_nat_tables()
+}

@@ -1,0 +1,191 @@
+//! Netlink with nf_tables: transactions, and what is there (linux/netfilter/nfnetlink.h, nf_tables.h).
+
+use super::{
+    Error,
+    message::Present,
+    ruleset::{OUTPUT, TABLE},
+};
+use crate::netlink::{Attributes, HEADER, Messages, Netlink, attributes};
+use nftnl::Batch;
+use nix::sys::socket::SockProtocol;
+use std::collections::BTreeMap;
+
+/// Bytes that a transaction and its acknowledgements may take: some ten thousand services.
+const BUFFER: usize = 256 << 20;
+/// Length of `struct nfgenmsg`, after a message's header.
+const GENERIC: usize = 4;
+
+const NFNL_SUBSYS_NFTABLES: u16 = 10;
+const NFNL_MSG_BATCH_BEGIN: u16 = 16;
+/// The first attribute of chains, rules, sets and objects is their table's name.
+const NFTA_TABLE: u16 = 1;
+const NFTA_CHAIN_NAME: u16 = 3;
+const NFTA_CHAIN_TYPE: u16 = 7;
+const NFTA_SET_NAME: u16 = 2;
+const NFTA_RULE_CHAIN: u16 = 2;
+const NFTA_RULE_USERDATA: u16 = 7;
+const NFTA_OBJ_NAME: u16 = 2;
+const NFTA_OBJ_DATA: u16 = 4;
+const NFTA_COUNTER_PACKETS: u16 = 2;
+const NFPROTO_UNSPEC: u8 = 0;
+const NFPROTO_INET: u8 = 1;
+
+/// What there is to talk to.
+#[derive(Debug)]
+pub(super) struct Kernel {
+    netlink: Netlink,
+}
+
+impl Kernel {
+    pub(super) fn open() -> Result<Self, Error> {
+        let netlink = Netlink::open(SockProtocol::NetlinkNetFilter);
+        let netlink = netlink.and_then(|netlink| netlink.with_buffers(BUFFER)).map_err(Error::Socket)?;
+        Ok(Self { netlink })
+    }
+
+    /// Carries out a transaction, whole or not at all.
+    pub(super) fn commit(&self, batch: Batch) -> Result<(), Error> {
+        self.transact(&batch.finalize().iter().collect::<Vec<_>>().concat())
+    }
+
+    /// Whether the kernel would take a transaction; nothing is changed.
+    pub(super) fn check(&self, batch: Batch) -> Result<(), Error> {
+        let bytes = batch.finalize().iter().collect::<Vec<_>>().concat();
+        // The kernel goes back where the end is missing.
+        let end = bytes.len().saturating_sub(HEADER + GENERIC);
+        self.transact(&bytes[..end])
+    }
+
+    fn transact(&self, bytes: &[u8]) -> Result<(), Error> {
+        self.netlink.send(bytes).map_err(Error::Socket)?;
+        let mut refused = None;
+        while let Some(answer) = self.netlink.answer().map_err(Error::Socket)? {
+            for message in Messages(&answer) {
+                if let Some(cause) = message.error() {
+                    let what = about(message.acknowledged().unwrap_or_default());
+                    refused.get_or_insert(Error::Refused { what, cause });
+                }
+            }
+        }
+        refused.map_or(Ok(()), Err)
+    }
+
+    /// The comment of the first rule; none where the table or the rule is not there.
+    pub(super) fn fingerprint(&self) -> Result<Option<String>, Error> {
+        let rules = self.dump(
+            libc::NFT_MSG_GETRULE,
+            NFPROTO_INET,
+            &[(NFTA_TABLE, TABLE), (NFTA_RULE_CHAIN, OUTPUT)],
+        )?;
+        let of_ours = |rule: &&Attributes| is_ours(rule) && name(rule, NFTA_RULE_CHAIN) == OUTPUT;
+        let first = rules.iter().find(of_ours);
+        // A comment: its kind, its length, its text with a NUL.
+        let comment = first.and_then(|rule| rule.get(&NFTA_RULE_USERDATA)).and_then(|data| data.get(2..));
+        Ok(comment.map(until_nul))
+    }
+
+    /// What is in the table.
+    pub(super) fn present(&self) -> Result<Present, Error> {
+        let chains = self.dump(libc::NFT_MSG_GETCHAIN, NFPROTO_INET, &[])?;
+        let sets = self.dump(libc::NFT_MSG_GETSET, NFPROTO_INET, &[(NFTA_TABLE, TABLE)])?;
+        Ok(Present {
+            chains: names(&chains, NFTA_CHAIN_NAME),
+            sets: names(&sets, NFTA_SET_NAME),
+            counters: self.counters()?.into_keys().collect(),
+        })
+    }
+
+    /// How many packets each counter has seen.
+    pub(super) fn counters(&self) -> Result<BTreeMap<String, u64>, Error> {
+        let objects = self.dump(libc::NFT_MSG_GETOBJ, NFPROTO_INET, &[(NFTA_TABLE, TABLE)])?;
+        let counters = objects.iter().filter(|object| is_ours(object)).filter_map(|object| {
+            let data = attributes(object.get(&NFTA_OBJ_DATA)?);
+            let packets = data.get(&NFTA_COUNTER_PACKETS)?.as_slice().try_into().ok()?;
+            Some((name(object, NFTA_OBJ_NAME), u64::from_be_bytes(packets)))
+        });
+        Ok(counters.collect())
+    }
+
+    /// Tables of others' that translate addresses, as `FAMILY TABLE`.
+    pub(super) fn other_nat_tables(&self) -> Result<Vec<String>, Error> {
+        let chains = self.dump(libc::NFT_MSG_GETCHAIN, NFPROTO_UNSPEC, &[])?;
+        let nat = chains.iter().filter(|chain| name(chain, NFTA_CHAIN_TYPE) == "nat" && !is_ours(chain));
+        let mut tables: Vec<String> = nat.map(|chain| name(chain, NFTA_TABLE)).collect();
+        tables.sort();
+        tables.dedup();
+        Ok(tables)
+    }
+
+    fn dump(
+        &self,
+        message: libc::c_int,
+        family: u8,
+        filter: &[(u16, &str)],
+    ) -> Result<Vec<Attributes>, Error> {
+        let kind = NFNL_SUBSYS_NFTABLES << 8 | message as u16;
+        let flags = (libc::NLM_F_REQUEST | libc::NLM_F_DUMP) as u16;
+        self.netlink.send(&request(kind, flags, family, filter)).map_err(Error::Socket)?;
+        let mut found = Vec::new();
+        while let Some(answer) = self.netlink.answer().map_err(Error::Socket)? {
+            for message in Messages(&answer) {
+                if message.is_done() {
+                    return Ok(found);
+                }
+                match message.error() {
+                    // No such table.
+                    Some(error) if error.raw_os_error() == Some(libc::ENOENT) => return Ok(Vec::new()),
+                    Some(cause) => return Err(Error::Refused { what: "read the table", cause }),
+                    None => found.push(attributes(message.body.get(GENERIC..).unwrap_or_default())),
+                }
+            }
+        }
+        Ok(found)
+    }
+}
+
+fn request(kind: u16, flags: u16, family: u8, filter: &[(u16, &str)]) -> Vec<u8> {
+    let mut body = vec![family, 0, 0, 0];
+    for (attribute, text) in filter {
+        let len = 4 + text.len() as u16 + 1;
+        body.extend(len.to_ne_bytes().into_iter().chain(attribute.to_ne_bytes()));
+        body.extend(text.bytes().chain([0]));
+        body.resize(body.len().next_multiple_of(4), 0);
+    }
+    let mut message = ((HEADER + body.len()) as u32).to_ne_bytes().to_vec();
+    message.extend(kind.to_ne_bytes().into_iter().chain(flags.to_ne_bytes()).chain([0; 8]));
+    message.extend(body);
+    message
+}
+
+/// What the message did that is acknowledged.
+fn about(acknowledged: u16) -> &'static str {
+    match i32::from(acknowledged & 0xff) {
+        _ if acknowledged == NFNL_MSG_BATCH_BEGIN => "begin a transaction",
+        libc::NFT_MSG_NEWTABLE => "add the table",
+        libc::NFT_MSG_NEWCHAIN => "add a chain",
+        libc::NFT_MSG_NEWRULE => "add a rule",
+        libc::NFT_MSG_NEWSET => "add a set",
+        libc::NFT_MSG_NEWSETELEM => "add elements to a set",
+        libc::NFT_MSG_NEWOBJ => "add a counter",
+        libc::NFT_MSG_GETRULE | libc::NFT_MSG_GETCHAIN | libc::NFT_MSG_GETSET | libc::NFT_MSG_GETOBJ => {
+            "read the table"
+        }
+        _ => "delete what is replaced",
+    }
+}
+
+fn is_ours(attributes: &Attributes) -> bool {
+    name(attributes, NFTA_TABLE) == TABLE
+}
+
+fn names(found: &[Attributes], attribute: u16) -> Vec<String> {
+    found.iter().filter(|found| is_ours(found)).map(|found| name(found, attribute)).collect()
+}
+
+fn name(attributes: &Attributes, attribute: u16) -> String {
+    attributes.get(&attribute).map(|bytes| until_nul(bytes)).unwrap_or_default()
+}
+
+fn until_nul(bytes: &[u8]) -> String {
+    String::from_utf8_lossy(bytes.split(|&byte| byte == 0).next().unwrap_or_default()).into_owned()
+}

@@ -1,0 +1,341 @@
+//! What the table shall hold: pure, from what is desired to chains, sets and counters. It is shown in nft's own words.
+//!
+//! A new connection is looked up by the cgroups its socket is in, the innermost first, and so comes to its service's
+//! chain; there by destination among the ranges of the service's policy; and then the kernel asks whether the proxy is
+//! alive, by a set whose elements the daemon renews and the kernel lets expire. Each of the three costs the same
+//! however many services and entries there are.
+
+use super::super::{Desired, Service};
+use crate::{
+    config::{Failure, Ports},
+    rules::{self, Range},
+};
+use std::{
+    collections::BTreeMap,
+    fmt,
+    hash::{DefaultHasher, Hash as _, Hasher as _},
+    net::IpAddr,
+    path::Path,
+};
+
+/// The table, of family inet. It is ours alone.
+pub(super) const TABLE: &str = "mesh_redirect";
+/// The only chain with a hook.
+pub(super) const OUTPUT: &str = "output";
+/// Before other destination NAT (-100), so that a service's connections are ours first.
+pub(super) const PRIORITY: i32 = -110;
+/// The families for which the proxy is alive, for so long.
+pub(super) const ALIVE: &str = "alive";
+
+/// Everything but the elements of [`ALIVE`].
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct Ruleset {
+    pub(super) counters: Vec<String>,
+    pub(super) sets: Vec<Set>,
+    /// [`OUTPUT`] is the last one; each comes before those that jump to it.
+    pub(super) chains: Vec<Chain>,
+}
+
+/// A named set or map.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct Set {
+    pub(super) name: String,
+    pub(super) content: Content,
+}
+
+/// What is in a set.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) enum Content {
+    /// `ipv4_addr . inet_service` or `ipv6_addr . inet_service`: what a policy steers.
+    Destinations(Family, Vec<Range>),
+    /// Ids of cgroups, all at one level: to which chain each goes.
+    Cgroups(BTreeMap<u64, String>),
+    /// User ids: to which chain each goes.
+    Users(BTreeMap<u32, String>),
+}
+
+/// An address family.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Family {
+    V4,
+    V6,
+}
+
+/// A chain and its rules, in order.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct Chain {
+    pub(super) name: String,
+    pub(super) rules: Vec<Rule>,
+}
+
+/// Statements that are carried out in order, until one does not match.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct Rule {
+    pub(super) statements: Vec<Statement>,
+    pub(super) comment: Option<String>,
+}
+
+/// One statement.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) enum Statement {
+    Tcp,
+    NotTcp,
+    /// The destination is in a set.
+    To(Family, String),
+    /// Jumps where a map says that sockets of a cgroup go, at so many levels below the root.
+    ByCgroup(u32, String),
+    /// Jumps where a map says that a user's sockets go.
+    ByUser(String),
+    /// The proxy is alive.
+    Alive,
+    Count(String),
+    Redirect(u16),
+    /// With a TCP reset: the application sees ECONNREFUSED.
+    Reject,
+    Goto(String),
+    Return,
+}
+
+/// What is counted of a service, and where [`super::counters`] finds it.
+pub(super) fn counter(what: &str, service: u32) -> String {
+    format!("{what}_{service}")
+}
+
+impl Ruleset {
+    /// Of everything that is desired, below a cgroup2 mount.
+    pub(super) fn new(desired: &Desired, cgroup_root: &Path) -> Self {
+        let mut ruleset = Self { counters: Vec::new(), sets: Vec::new(), chains: Vec::new() };
+        let mut policies: Vec<Vec<Range>> = Vec::new();
+        for service in &desired.services {
+            let ranges = rules::ranges(&service.entries);
+            let known = policies.iter().position(|known| *known == ranges);
+            let policy = known.unwrap_or_else(|| {
+                ruleset.add_policy(policies.len(), &ranges);
+                policies.push(ranges.clone());
+                policies.len() - 1
+            });
+            ruleset.add_service(service, policy, &ranges);
+        }
+        let dispatch = ruleset.add_scopes(desired, cgroup_root);
+        ruleset.add_output(dispatch);
+        ruleset
+    }
+
+    /// Of nothing, which still translates the connections that are open: the kernel does so only while a rule could.
+    pub(super) fn lingering() -> Self {
+        let never_reached = Rule::from(vec![Statement::Tcp, Statement::Redirect(1)]);
+        let chain = Chain { name: "lingering".to_owned(), rules: vec![never_reached] };
+        let mut ruleset = Self { counters: Vec::new(), sets: Vec::new(), chains: vec![chain] };
+        ruleset.add_output(Vec::new());
+        ruleset
+    }
+
+    fn add_policy(&mut self, policy: usize, ranges: &[Range]) {
+        for family in [Family::V4, Family::V6] {
+            let of_family: Vec<Range> = ranges.iter().filter(|range| family.is_of(range)).cloned().collect();
+            if !of_family.is_empty() {
+                let content = Content::Destinations(family, of_family);
+                self.sets.push(Set { name: policy_set(policy, family), content });
+            }
+        }
+    }
+
+    fn add_service(&mut self, service: &Service, policy: usize, ranges: &[Range]) {
+        let id = service.id;
+        let (steer, count) = (format!("steer_{id}"), |what| Statement::Count(counter(what, id)));
+        let without_proxy = match service.failure {
+            Failure::Open => vec![count("passed_proxy_absent"), Statement::Return],
+            Failure::Closed => vec![Statement::Tcp, count("refused"), Statement::Reject],
+        };
+        let redirect = Statement::Redirect(service.proxy_port);
+        let steering = [vec![Statement::Alive, Statement::Tcp, count("steered"), redirect], without_proxy];
+        let families = [Family::V4, Family::V6].into_iter();
+        let families = families.filter(|family| ranges.iter().any(|range| family.is_of(range)));
+        let to_proxy =
+            |family| vec![Statement::To(family, policy_set(policy, family)), Statement::Goto(steer.clone())];
+        let mut rules: Vec<Rule> =
+            families.map(to_proxy).chain([vec![count("passed_by_rule")]]).map(Rule::from).collect();
+        if let Some(first) = rules.first_mut() {
+            first.comment = Some(service.name.clone());
+        }
+        for what in COUNTERS {
+            self.counters.push(counter(what, id));
+        }
+        self.chains.push(Chain { name: steer, rules: steering.map(Rule::from).into() });
+        self.chains.push(Chain { name: service_chain(service), rules });
+    }
+
+    /// Maps from cgroups and users to services, and the rules that look them up: the innermost cgroups first.
+    fn add_scopes(&mut self, desired: &Desired, cgroup_root: &Path) -> Vec<Rule> {
+        let mut levels: BTreeMap<u32, BTreeMap<u64, String>> = BTreeMap::new();
+        let mut users: BTreeMap<u32, String> = BTreeMap::new();
+        for service in &desired.services {
+            for cgroup in &service.scopes {
+                let below = cgroup.dir.strip_prefix(cgroup_root).unwrap_or(&cgroup.dir);
+                let level = levels.entry(below.components().count() as u32).or_default();
+                level.insert(cgroup.id, service_chain(service));
+            }
+            users.extend(service.users.iter().map(|&user| (user, service_chain(service))));
+        }
+        let mut rules = Vec::new();
+        for (level, cgroups) in levels.into_iter().rev() {
+            let name = format!("cgroups_{level}");
+            rules.push(Rule::from(vec![Statement::ByCgroup(level, name.clone())]));
+            self.sets.push(Set { name, content: Content::Cgroups(cgroups) });
+        }
+        if !users.is_empty() {
+            let name = "users".to_owned();
+            rules.push(Rule::from(vec![Statement::ByUser(name.clone())]));
+            self.sets.push(Set { name, content: Content::Users(users) });
+        }
+        rules
+    }
+
+    /// The first rule says whose table it is, and which: by it an `apply` sees that there is nothing to do.
+    fn add_output(&mut self, dispatch: Vec<Rule>) {
+        let mut chain = Chain { name: OUTPUT.to_owned(), rules: vec![] };
+        chain.rules.push(Rule::from(vec![Statement::NotTcp, Statement::Return]));
+        chain.rules.extend(dispatch);
+        self.chains.push(chain);
+        let comment = Some(self.fingerprint());
+        if let Some(first) = self.chains.last_mut().and_then(|chain| chain.rules.first_mut()) {
+            first.comment = comment;
+        }
+    }
+
+    /// Differs where anything else does.
+    pub(super) fn fingerprint(&self) -> String {
+        let mut hasher = DefaultHasher::new();
+        for chain in &self.chains {
+            // Without the comment that is this fingerprint.
+            let is_output = chain.name == OUTPUT;
+            chain
+                .rules
+                .iter()
+                .skip(usize::from(is_output))
+                .for_each(|rule| rule.to_string().hash(&mut hasher));
+        }
+        self.sets.iter().for_each(|set| set.to_string().hash(&mut hasher));
+        self.counters.hash(&mut hasher);
+        format!("mesh-redirect {} {:016x}", env!("CARGO_PKG_VERSION"), hasher.finish())
+    }
+}
+
+/// What is counted of each service.
+pub(super) const COUNTERS: [&str; 4] = ["steered", "passed_by_rule", "passed_proxy_absent", "refused"];
+
+fn policy_set(policy: usize, family: Family) -> String {
+    format!("policy_{policy}_{}", family.name())
+}
+
+fn service_chain(service: &Service) -> String {
+    format!("service_{}", service.id)
+}
+
+impl Family {
+    pub(super) fn name(self) -> &'static str {
+        match self {
+            Self::V4 => "ipv4",
+            Self::V6 => "ipv6",
+        }
+    }
+
+    fn is_of(self, range: &Range) -> bool {
+        range.first.is_ipv4() == (self == Self::V4)
+    }
+}
+
+impl From<Vec<Statement>> for Rule {
+    fn from(statements: Vec<Statement>) -> Self {
+        Self { statements, comment: None }
+    }
+}
+
+impl fmt::Display for Ruleset {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        writeln!(f, "table inet {TABLE} {{")?;
+        self.counters.iter().try_for_each(|name| writeln!(f, "\tcounter {name} {{ }}"))?;
+        writeln!(f, "\tset {ALIVE} {{\n\t\ttype nf_proto\n\t\tflags timeout\n\t}}")?;
+        self.sets.iter().try_for_each(|set| set.fmt(f))?;
+        self.chains.iter().try_for_each(|chain| chain.fmt(f))?;
+        writeln!(f, "}}")
+    }
+}
+
+impl fmt::Display for Set {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let (kind, key, elements) = match &self.content {
+            Content::Destinations(family, ranges) => {
+                let key = format!("type {}_addr . inet_service\n\t\tflags interval", family.name());
+                ("set", key, ranges.iter().flat_map(destinations).collect::<Vec<_>>())
+            }
+            Content::Cgroups(cgroups) => {
+                let elements = cgroups.iter().map(|(id, chain)| format!("{id} : jump {chain}"));
+                ("map", "type cgroupsv2 : verdict".to_owned(), elements.collect())
+            }
+            Content::Users(users) => {
+                let elements = users.iter().map(|(id, chain)| format!("{id} : jump {chain}"));
+                ("map", "type uid : verdict".to_owned(), elements.collect())
+            }
+        };
+        let elements = elements.join(", ");
+        writeln!(f, "\t{kind} {} {{\n\t\t{key}\n\t\telements = {{ {elements} }}\n\t}}", self.name)
+    }
+}
+
+/// The elements of a range.
+fn destinations(range: &Range) -> impl Iterator<Item = String> {
+    let interval = |first: &dyn fmt::Display, last: &dyn fmt::Display| {
+        let (first, last) = (first.to_string(), last.to_string());
+        if first == last { first } else { format!("{first}-{last}") }
+    };
+    let addresses = interval(&range.first, &range.last);
+    range.ports.iter().map(move |Ports { first, last }| format!("{addresses} . {}", interval(first, last)))
+}
+
+impl fmt::Display for Chain {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        writeln!(f, "\tchain {} {{", self.name)?;
+        if self.name == OUTPUT {
+            writeln!(f, "\t\ttype nat hook output priority {PRIORITY}; policy accept;")?;
+        }
+        self.rules.iter().try_for_each(|rule| writeln!(f, "\t\t{rule}"))?;
+        writeln!(f, "\t}}")
+    }
+}
+
+impl fmt::Display for Rule {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let words: Vec<String> = self.statements.iter().map(ToString::to_string).collect();
+        f.write_str(&words.join(" "))?;
+        self.comment.as_ref().map_or(Ok(()), |comment| write!(f, " comment \"{comment}\""))
+    }
+}
+
+impl fmt::Display for Statement {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Tcp => f.write_str("meta l4proto tcp"),
+            Self::NotTcp => f.write_str("meta l4proto != tcp"),
+            Self::To(Family::V4, set) => write!(f, "ip daddr . tcp dport @{set}"),
+            Self::To(Family::V6, set) => write!(f, "ip6 daddr . tcp dport @{set}"),
+            Self::ByCgroup(level, map) => write!(f, "socket cgroupv2 level {level} vmap @{map}"),
+            Self::ByUser(map) => write!(f, "meta skuid vmap @{map}"),
+            Self::Alive => write!(f, "meta nfproto @{ALIVE}"),
+            Self::Count(name) => write!(f, "counter name {name}"),
+            Self::Redirect(port) => write!(f, "redirect to :{port}"),
+            Self::Reject => f.write_str("reject with tcp reset"),
+            Self::Goto(chain) => write!(f, "goto {chain}"),
+            Self::Return => f.write_str("return"),
+        }
+    }
+}
+
+/// An address and a port as a concatenated key: each part fills up to four bytes.
+pub(super) fn key(address: IpAddr, port: u16) -> Vec<u8> {
+    let address = match address {
+        IpAddr::V4(address) => address.octets().to_vec(),
+        IpAddr::V6(address) => address.octets().to_vec(),
+    };
+    [address, port.to_be_bytes().to_vec(), vec![0, 0]].concat()
+}

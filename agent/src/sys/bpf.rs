@@ -1,0 +1,105 @@
+//! `bpf(2)` for cgroup links and their pins.
+//!
+//! aya 0.14 can neither replace the program of a cgroup link nor pin a getsockopt link.
+
+#![expect(unsafe_code, reason = "bpf(2) takes pointers")]
+
+use std::{
+    ffi::CString,
+    io,
+    os::{
+        fd::{AsRawFd as _, BorrowedFd, FromRawFd as _, OwnedFd},
+        unix::ffi::OsStrExt as _,
+    },
+    path::Path,
+};
+
+const BPF_OBJ_PIN: u32 = 6;
+const BPF_OBJ_GET: u32 = 7;
+const BPF_OBJ_GET_INFO_BY_FD: u32 = 15;
+const BPF_LINK_CREATE: u32 = 28;
+const BPF_LINK_UPDATE: u32 = 29;
+
+/// `struct bpf_link_info` of a cgroup link (linux/bpf.h).
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default)]
+pub(crate) struct CgroupLinkInfo {
+    kind: u32,
+    id: u32,
+    prog_id: u32,
+    padding: u32,
+    /// Id of the cgroup; zero once the cgroup is gone.
+    pub(crate) cgroup_id: u64,
+    attach_type: u32,
+    tail: u32,
+}
+
+/// Attaches a program to a cgroup; the attachment ends when the last descriptor and pin of the link are gone. Linux 5.7.
+pub(crate) fn link_create(
+    program: BorrowedFd<'_>,
+    cgroup: BorrowedFd<'_>,
+    attach_type: u32,
+) -> io::Result<OwnedFd> {
+    let mut attr = [program.as_raw_fd() as u32, cgroup.as_raw_fd() as u32, attach_type, 0];
+    owned(bpf(BPF_LINK_CREATE, &mut attr)?)
+}
+
+/// Replaces the program of a link, atomically. Linux 5.7.
+pub(crate) fn link_update(link: BorrowedFd<'_>, program: BorrowedFd<'_>) -> io::Result<()> {
+    let mut attr = [link.as_raw_fd() as u32, program.as_raw_fd() as u32, 0, 0];
+    bpf(BPF_LINK_UPDATE, &mut attr).map(drop)
+}
+
+/// What the kernel says of a cgroup link. Linux 5.8.
+pub(crate) fn link_info(link: BorrowedFd<'_>) -> io::Result<CgroupLinkInfo> {
+    #[repr(C)]
+    struct Attr {
+        fd: u32,
+        len: u32,
+        info: u64,
+    }
+    let mut info = CgroupLinkInfo::default();
+    let len = size_of_val(&info) as u32;
+    let mut attr =
+        Attr { fd: link.as_raw_fd() as u32, len, info: (&raw mut info).expose_provenance() as u64 };
+    bpf(BPF_OBJ_GET_INFO_BY_FD, &mut attr)?;
+    Ok(info)
+}
+
+/// Gives a link, map or program a name on a BPF file system.
+pub(crate) fn pin(object: BorrowedFd<'_>, path: &Path) -> io::Result<()> {
+    let path = c_path(path)?;
+    let mut attr =
+        ObjAttr { path: path.as_ptr().expose_provenance() as u64, fd: object.as_raw_fd() as u32, flags: 0 };
+    bpf(BPF_OBJ_PIN, &mut attr).map(drop)
+}
+
+/// Opens what has a name on a BPF file system.
+pub(crate) fn open_pin(path: &Path) -> io::Result<OwnedFd> {
+    let path = c_path(path)?;
+    let mut attr = ObjAttr { path: path.as_ptr().expose_provenance() as u64, fd: 0, flags: 0 };
+    owned(bpf(BPF_OBJ_GET, &mut attr)?)
+}
+
+#[repr(C)]
+struct ObjAttr {
+    path: u64,
+    fd: u32,
+    flags: u32,
+}
+
+fn c_path(path: &Path) -> io::Result<CString> {
+    CString::new(path.as_os_str().as_bytes()).map_err(io::Error::from)
+}
+
+fn owned(fd: i64) -> io::Result<OwnedFd> {
+    let fd = i32::try_from(fd).map_err(io::Error::other)?;
+    // SAFETY: the kernel has just made this descriptor for us.
+    Ok(unsafe { OwnedFd::from_raw_fd(fd) })
+}
+
+fn bpf<T>(command: u32, attr: &mut T) -> io::Result<i64> {
+    // SAFETY: the kernel reads and writes no more than the size it is told, and addresses inside point at live values.
+    let result = unsafe { libc::syscall(libc::SYS_bpf, command, std::ptr::from_mut(attr), size_of::<T>()) };
+    if result < 0 { Err(io::Error::last_os_error()) } else { Ok(result) }
+}
