@@ -1,7 +1,7 @@
 //! The command line, without logic.
 
 use clap::{Args, Parser, Subcommand};
-use std::{ffi::OsString, path::PathBuf};
+use std::{ffi::OsString, net::SocketAddr, path::PathBuf};
 
 /// Steers unmodified services' outbound connections into a co-located proxy, one service at a time.
 #[derive(Debug, Parser)]
@@ -48,6 +48,16 @@ pub(crate) enum Command {
     },
     /// Attach to the cgroup this runs in, without a daemon: for a unit's ExecStartPre=
     Attach(Attach),
+    /// Tell what the configured policy does with connections of a service, and which capture says so
+    Explain {
+        /// Whose policy; a service that the configuration does not name has the defaults
+        service: String,
+        /// Where the connections go
+        #[arg(required = true, value_name = "ADDRESS:PORT")]
+        destinations: Vec<SocketAddr>,
+        #[command(flatten)]
+        output: Output,
+    },
     /// Remove everything of ours from this host; refuses while a daemon runs
     Cleanup,
     /// Tell whether this host can do it, and what to do where it cannot

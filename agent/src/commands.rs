@@ -10,7 +10,7 @@ use crate::{
     mode::{self, Mode},
     plan, present, probe,
     redirect::{Redirect, ebpf::Ebpf},
-    server,
+    rules, server,
     state::StateFile,
     watch,
     workload::{Workloads, systemd},
@@ -19,8 +19,8 @@ use anyhow::{Context as _, bail};
 use hyper::Method;
 use nix::unistd::geteuid;
 use std::{
-    ffi::OsString, fs, io::Write as _, os::unix::process::CommandExt as _, path::PathBuf, process::ExitCode,
-    sync::mpsc, thread,
+    ffi::OsString, fs, io::Write as _, net::SocketAddr, os::unix::process::CommandExt as _, path::PathBuf,
+    process::ExitCode, sync::mpsc, thread,
 };
 use tokio::signal::unix::{SignalKind, signal};
 
@@ -34,7 +34,8 @@ pub(crate) fn run(cli: Cli) -> anyhow::Result<ExitCode> {
         Ok(config) => config,
         Err(error) => return Ok(bad_input(&error)),
     };
-    if geteuid().as_raw() != 0 && !matches!(cli.command, Command::Check { .. }) {
+    let only_looks = matches!(cli.command, Command::Check { .. } | Command::Explain { .. });
+    if geteuid().as_raw() != 0 && !only_looks {
         bail!("only root can do this: it changes where other users' connections go");
     }
     match cli.command {
@@ -46,6 +47,9 @@ pub(crate) fn run(cli: Cli) -> anyhow::Result<ExitCode> {
         Command::Status { output } => status(&config, output)?,
         Command::Exec { service, command } => exec(&config, &service, &command)?,
         Command::Attach(attach) => self::attach(&config, &attach)?,
+        Command::Explain { service, destinations, output } => {
+            return explain(&config, &service, &destinations, output);
+        }
         Command::Cleanup => cleanup(&config)?,
         Command::Check { output } => return check(&config, output),
     }
@@ -210,6 +214,26 @@ fn check(config: &Config, output: Output) -> anyhow::Result<ExitCode> {
     }
     let good = lines.iter().all(|line| line.ok || !line.required);
     Ok(if good { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+}
+
+fn explain(
+    config: &Config,
+    service: &str,
+    destinations: &[SocketAddr],
+    output: Output,
+) -> anyhow::Result<ExitCode> {
+    check_name(service).map_err(anyhow::Error::msg)?;
+    let policy = config.policy(service);
+    let explained: Vec<present::Explained> = destinations
+        .iter()
+        .map(|&destination| present::Explained::new(destination, &rules::decide(policy, destination)))
+        .collect();
+    if output.json {
+        print_json(&explained)?
+    } else {
+        print(&present::explained(&explained))?
+    }
+    Ok(ExitCode::SUCCESS)
 }
 
 fn print_json(value: &impl serde::Serialize) -> anyhow::Result<()> {

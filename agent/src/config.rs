@@ -96,6 +96,19 @@ pub(crate) struct Capture {
     pub(crate) ports: Vec<Ports>,
 }
 
+impl fmt::Display for Capture {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self.cidr {
+            Some(cidr) => cidr.fmt(f)?,
+            None => f.write_str("any address")?,
+        }
+        let any = Ports { first: 0, last: u16::MAX };
+        let ports: Vec<String> =
+            self.ports.iter().filter(|ports| **ports != any).map(ToString::to_string).collect();
+        if ports.is_empty() { Ok(()) } else { write!(f, " ports {}", ports.join(", ")) }
+    }
+}
+
 impl Config {
     /// Reads the named file, or the default one, which may be absent.
     pub(crate) fn load(file: Option<&Path>) -> Result<Self, ConfigError> {

@@ -1,9 +1,11 @@
 //! Results for people: aligned, coloured on a terminal.
 
-use crate::{api, check::Line};
+use crate::{api, check::Line, rules::Verdict};
+use serde::Serialize;
 use std::{
     fmt::Write as _,
     io::IsTerminal as _,
+    net::SocketAddr,
     time::{Duration, UNIX_EPOCH},
 };
 
@@ -89,6 +91,36 @@ pub(crate) fn check(lines: &[Line]) -> String {
         };
         let remedy = remedy.as_ref().filter(|_| !ok).map(|remedy| format!("; {remedy}")).unwrap_or_default();
         let _infallible = writeln!(text, "{mark} {subject:width$}  {finding}{remedy}");
+    }
+    text
+}
+
+/// What policy does with one destination.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub(crate) struct Explained {
+    destination: SocketAddr,
+    steered: bool,
+    because: String,
+}
+
+impl Explained {
+    pub(crate) fn new(destination: SocketAddr, verdict: &Verdict) -> Self {
+        let because = match verdict {
+            Verdict::Steered(capture) => format!("included by {capture}"),
+            Verdict::Excluded(capture) => format!("excluded by {capture}, and no include is more specific"),
+            Verdict::NotIncluded => "nothing includes it".to_owned(),
+            Verdict::Local => "this host, its link, a group or nobody: never steered".to_owned(),
+        };
+        Self { destination, steered: matches!(verdict, Verdict::Steered(_)), because }
+    }
+}
+
+/// The lines of `explain`.
+pub(crate) fn explained(explained: &[Explained]) -> String {
+    let mut text = String::new();
+    for Explained { destination, steered, because } in explained {
+        let outcome = if *steered { "steered" } else { "passes" };
+        let _infallible = writeln!(text, "{destination}: {outcome}: {because}");
     }
     text
 }

@@ -5,7 +5,9 @@
 //! same; captures that merely overlap are not comparable, and then the exclude wins.
 
 use crate::config::{Capture, Failure, Policy, Ports};
-use agent_ebpf::{AF_INET, AF_INET6, MAX_PORT_RANGES, PortRange, RuleKey, Rules, VERDICT_STEER};
+use agent_ebpf::{
+    AF_INET, AF_INET6, MAX_PORT_RANGES, PortRange, RuleKey, Rules, VERDICT_STEER, decide::Destination,
+};
 use ipnet::{IpNet, Ipv4Net, Ipv6Net};
 use std::{
     collections::BTreeSet,
@@ -76,6 +78,15 @@ impl Block {
         self.is_within(other) && !other.is_within(self)
     }
 
+    /// How many addresses and ports there are in it, as far as that tells which of two around one point is smaller.
+    fn size(&self) -> (u8, u16) {
+        (self.net.max_prefix_len() - self.net.prefix_len(), self.ports.last - self.ports.first)
+    }
+
+    fn capture(&self) -> Capture {
+        Capture { cidr: Some(self.net), ports: vec![self.ports] }
+    }
+
     fn has_port(&self, port: u16) -> bool {
         self.ports.first <= port && port <= self.ports.last
     }
@@ -83,9 +94,18 @@ impl Block {
 
 /// Compiles a policy: one entry for each block it names, which says all about the addresses that no smaller one holds.
 pub(crate) fn compile(policy: &Policy) -> Result<Vec<Entry>, TooManyRanges> {
-    let blocks = blocks(policy);
-    let nets: BTreeSet<IpNet> = blocks.iter().map(|block| block.net).collect();
-    nets.into_iter().map(|net| entry(net, &blocks)).collect()
+    let mut blocks = blocks(policy);
+    // A net comes before what lies within it, so that those around one are always the ones that are still open.
+    blocks.sort_by_key(|block| (block.net.network(), block.net.prefix_len()));
+    let mut open: Vec<Block> = Vec::new();
+    let mut entries = Vec::new();
+    for same in blocks.chunk_by(|a, b| a.net == b.net) {
+        let Some(&Block { net, .. }) = same.first() else { continue };
+        while open.pop_if(|outer| !outer.net.contains(&net)).is_some() {}
+        open.extend(same);
+        entries.push(entry(net, &open)?);
+    }
+    Ok(entries)
 }
 
 /// A compiled policy that steers all there is.
@@ -95,15 +115,38 @@ pub(crate) fn everything() -> Vec<Entry> {
     compile(&policy).unwrap_or_default()
 }
 
+/// What becomes of a destination, and why.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) enum Verdict {
+    /// An include covers it, this one most closely.
+    Steered(Capture),
+    /// An exclude covers it, and no include is more specific.
+    Excluded(Capture),
+    /// No include covers it.
+    NotIncluded,
+    /// It is this host itself, its link, many hosts or none.
+    Local,
+}
+
 /// What a policy says of a destination: the definition that every compiled form has to agree with.
-#[cfg_attr(
-    not(test),
-    expect(dead_code, reason = "the definition that tests hold the compiled forms against")
-)]
-pub(crate) fn steers(policy: &Policy, destination: SocketAddr) -> bool {
-    let covering: Vec<Block> =
-        blocks(policy).into_iter().filter(|block| block.net.contains(&destination.ip())).collect();
-    wins(covering.iter().filter(|block| block.has_port(destination.port())))
+pub(crate) fn decide(policy: &Policy, destination: SocketAddr) -> Verdict {
+    let ip = destination.ip().to_canonical();
+    let local = match ip {
+        IpAddr::V4(ip) => Destination::from_ipv4(ip.octets(), destination.port()),
+        IpAddr::V6(ip) => Destination::from_ipv6(ip.octets(), destination.port()),
+    };
+    if local.is_local() {
+        return Verdict::Local;
+    }
+    let covers = |block: &Block| block.net.contains(&ip) && block.has_port(destination.port());
+    let covering: Vec<Block> = blocks(policy).into_iter().filter(covers).collect();
+    let (includes, excludes): (Vec<Block>, Vec<Block>) = covering.iter().partition(|block| block.include);
+    let closest = |blocks: &[Block]| blocks.iter().min_by_key(|block| block.size()).map(Block::capture);
+    match (closest(&includes), wins(covering.iter())) {
+        (None, _) => Verdict::NotIncluded,
+        (Some(include), true) => Verdict::Steered(include),
+        (Some(include), false) => Verdict::Excluded(closest(&excludes).unwrap_or(include)),
+    }
 }
 
 fn wins<'a>(covering: impl Iterator<Item = &'a Block>) -> bool {
@@ -128,9 +171,8 @@ fn capture_blocks(capture: &Capture, include: bool) -> Vec<Block> {
     nets.into_iter().flat_map(|net| ports.iter().map(move |&ports| Block { net, ports, include })).collect()
 }
 
-fn entry(net: IpNet, blocks: &[Block]) -> Result<Entry, TooManyRanges> {
-    let covering: Vec<&Block> = blocks.iter().filter(|block| block.net.contains(&net)).collect();
-    let steered = steered_ranges(&covering);
+fn entry(net: IpNet, covering: &[Block]) -> Result<Entry, TooManyRanges> {
+    let steered = steered_ranges(covering);
     if steered.len() > MAX_PORT_RANGES {
         return Err(TooManyRanges { net, needed: steered.len() });
     }
@@ -145,14 +187,14 @@ fn entry(net: IpNet, blocks: &[Block]) -> Result<Entry, TooManyRanges> {
 }
 
 /// The ports that are steered, as the fewest ranges. Between two bounds of any block's range nothing changes.
-fn steered_ranges(covering: &[&Block]) -> Vec<Ports> {
+fn steered_ranges(covering: &[Block]) -> Vec<Ports> {
     let firsts = covering.iter().map(|block| u32::from(block.ports.first));
     let ends = covering.iter().map(|block| u32::from(block.ports.last) + 1);
     let bounds: Vec<u32> = firsts.chain(ends).collect::<BTreeSet<u32>>().into_iter().collect();
     let mut ranges: Vec<Ports> = Vec::new();
     for pair in bounds.windows(2) {
         let (first, last) = (pair[0] as u16, (pair[1] - 1) as u16);
-        if !wins(covering.iter().copied().filter(|block| block.has_port(first))) {
+        if !wins(covering.iter().filter(|block| block.has_port(first))) {
             continue;
         }
         match ranges.last_mut() {

@@ -42,6 +42,7 @@ mod clients;
 mod configuration;
 mod control;
 mod daemon;
+mod differential;
 mod exec;
 mod families;
 mod harness;

@@ -108,6 +108,11 @@ impl Sandbox {
         self.program(place, host::binary("peer"))
     }
 
+    /// The same, next to the proxy, in a cgroup of another name.
+    pub fn peer_in(&self, cgroup: &str) -> Program<'_> {
+        Program::new(&self.here, &self.cgroup.below(cgroup), &host::binary("peer"))
+    }
+
     /// Connects, or does whatever else, where the service and the proxy are.
     pub fn enter<T: Send>(&self, inside: impl FnOnce() -> T + Send) -> T {
         self.here.enter(inside)
@@ -139,6 +144,11 @@ impl Sandbox {
     /// The name of a place's cgroup, as agent.yaml writes it.
     pub fn cgroup(&self, place: Place) -> String {
         cgroup::name(&self.cgroup.below(place.cgroup()))
+    }
+
+    /// The name of another cgroup, as agent.yaml writes it.
+    pub fn cgroup_at(&self, cgroup: &str) -> String {
+        cgroup::name(&self.cgroup.below(cgroup))
     }
 
     /// Every cgroup of this sandbox.

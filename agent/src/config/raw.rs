@@ -100,6 +100,13 @@ pub(crate) struct Ports {
     pub(crate) last: u16,
 }
 
+impl fmt::Display for Ports {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}", self.first)?;
+        if self.first == self.last { Ok(()) } else { write!(f, "-{}", self.last) }
+    }
+}
+
 /// A port to listen on.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Port(NonZeroU16);

@@ -1,6 +1,6 @@
 use super::*;
 use crate::config::Config;
-use agent_ebpf::{VERDICT_PASS, decide};
+use agent_ebpf::{VERDICT_PASS, decide as kernel};
 use std::path::Path;
 
 fn policy(text: &str) -> Policy {
@@ -13,7 +13,11 @@ fn looked_up(entries: &[Entry], destination: SocketAddr) -> bool {
         .iter()
         .filter(|entry| entry.net.contains(&destination.ip()))
         .max_by_key(|entry| entry.net.prefix_len());
-    found.map_or(VERDICT_PASS, |entry| decide::verdict(&entry.rules, destination.port())) == VERDICT_STEER
+    found.map_or(VERDICT_PASS, |entry| kernel::verdict(&entry.rules, destination.port())) == VERDICT_STEER
+}
+
+fn steers(policy: &Policy, destination: SocketAddr) -> bool {
+    matches!(decide(policy, destination), Verdict::Steered(_))
 }
 
 /// What the ranges say of a destination; at most one may be around it.
@@ -93,6 +97,22 @@ fn ranges_that_touch_are_joined_and_too_many_are_an_error() {
 }
 
 #[test]
+fn a_verdict_names_the_closest_capture() {
+    let policy =
+        policy("capture: { include: [0.0.0.0/0, 10.1.0.0/16], exclude: [10.0.0.0/8, { ports: [22] }] }");
+    let net = |text: &str| Capture { cidr: text.parse().ok(), ports: vec![ANY_PORT] };
+    let at = |text: &str| decide(&policy, text.parse().unwrap());
+    assert_eq!(at("11.0.0.1:80"), Verdict::Steered(net("0.0.0.0/0")));
+    assert_eq!(at("10.1.0.1:80"), Verdict::Steered(net("10.1.0.0/16")));
+    assert_eq!(at("10.2.0.1:80"), Verdict::Excluded(net("10.0.0.0/8")));
+    let port = Capture { cidr: net("0.0.0.0/0").cidr, ports: vec![Ports { first: 22, last: 22 }] };
+    assert_eq!(at("11.0.0.1:22"), Verdict::Excluded(port));
+    assert_eq!(at("[fd00::1]:80"), Verdict::NotIncluded);
+    assert_eq!(at("[::ffff:10.1.0.1]:80"), Verdict::Steered(net("10.1.0.0/16")));
+    assert_eq!(at("127.0.0.1:80"), Verdict::Local);
+}
+
+#[test]
 fn ranges_leave_out_what_is_local_and_join_neighbours() {
     let shown = |text: &str| -> Vec<String> {
         let ranges = ranges(&compile(&policy(text)).unwrap());
@@ -114,8 +134,8 @@ fn ranges_leave_out_what_is_local_and_join_neighbours() {
     );
     let local = |address: IpAddr| {
         let destination = match address {
-            IpAddr::V4(address) => decide::Destination::from_ipv4(address.octets(), 80),
-            IpAddr::V6(address) => decide::Destination::from_ipv6(address.octets(), 80),
+            IpAddr::V4(address) => Destination::from_ipv4(address.octets(), 80),
+            IpAddr::V6(address) => Destination::from_ipv6(address.octets(), 80),
         };
         destination.is_local()
     };

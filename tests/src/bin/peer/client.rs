@@ -50,6 +50,21 @@ fn connect_without_blocking(socket: &Socket, address: SocketAddr) -> anyhow::Res
     Ok(socket.set_nonblocking(false)?)
 }
 
+/// Connects where nobody listens but the proxy. A connection ends with a reset, so that no port stays in use.
+pub(crate) fn decide(addresses: &[&str]) -> anyhow::Result<()> {
+    for address in addresses {
+        let address: SocketAddr = address.parse()?;
+        let socket = Socket::new(Domain::for_address(address), Type::STREAM, None)?;
+        socket.set_linger(Some(Duration::ZERO))?;
+        match socket.connect(&address.into()) {
+            Ok(()) => println!("steered"),
+            Err(error) if error.kind() == io::ErrorKind::ConnectionRefused => println!("passed"),
+            Err(error) => println!("{error}"),
+        }
+    }
+    Ok(())
+}
+
 /// Sends a request a byte at a time, as a network with the smallest packets would.
 pub(crate) fn dribble(address: SocketAddr) -> anyhow::Result<()> {
     let mut stream = TcpStream::connect(address)?;

@@ -11,6 +11,7 @@
 //! Clients, which say what they saw:
 //!
 //!     peer connect [--mapped] [--non-blocking] ADDRESS     whom it is connected to, and who answers a request
+//!     peer decide ADDRESS…                                 for each: `steered` when it is connected, `passed` when refused
 //!     peer dribble ADDRESS                                 who answers a request that comes a byte at a time
 //!     peer half-close ADDRESS BYTES                        what an echo says after the last byte
 //!     peer datagram ADDRESS                                whom a UDP socket is connected to, and what comes back
@@ -52,6 +53,7 @@ fn run(args: &[&str]) -> anyhow::Result<()> {
         ["sink", address] => server::sink(address),
         ["datagram", address] => client::datagram(address.parse()?),
         ["connect", options @ .., address] => client::connect(address.parse()?, options),
+        ["decide", addresses @ ..] => client::decide(addresses),
         ["dribble", address] => client::dribble(address.parse()?),
         ["half-close", address, bytes] => client::half_close(address.parse()?, bytes.parse()?),
         ["hello", address] => client::hello(address.parse()?),

@@ -1,0 +1,143 @@
+//! Random policies and random connections: what the kernel does has to be what the policy's definition says.
+
+use std::env;
+use std::io::{Write, stderr};
+use std::sync::LazyLock;
+use std::time::{SystemTime, UNIX_EPOCH};
+
+use serde::Deserialize;
+use tests::{Agent, Place, Proxy, Sandbox};
+
+scenarios![the_kernel_decides_as_policies_are_defined];
+
+/// In each mode; there are two.
+const POLICIES: usize = 60;
+const CONNECTIONS: usize = 100;
+
+/// Every mode gets the same policies and connections. A run can be repeated by its seed.
+static SEED: LazyLock<u64> = LazyLock::new(|| {
+    let clock = || SystemTime::now().duration_since(UNIX_EPOCH).map_or(1, |time| time.as_nanos() as u64);
+    env::var("MESH_REDIRECT_SEED").map_or_else(|_| clock(), |seed| seed.parse().expect("a seed is a number"))
+});
+
+fn the_kernel_decides_as_policies_are_defined(sandbox: &Sandbox) {
+    // Past the capture of a test's output, so that it is in every log.
+    let _ = writeln!(stderr(), "differential test: {}: MESH_REDIRECT_SEED={}", sandbox.mode.name(), *SEED);
+    let mut random = Random(*SEED | 1);
+    // Every address of the random world is this host's: what is steered is accepted by the proxy, what is not is refused.
+    for (family, net) in [("-4", "10.0.0.0/8"), ("-4", "169.254.0.0/16"), ("-6", "fd00::/8")] {
+        let add = [family, "route", "add", "local", net, "dev", "lo"];
+        sandbox.program(Place::Outside, "ip").args(add).run().ok();
+    }
+    let services: Vec<String> = (0..POLICIES).map(|number| format!("random{number}")).collect();
+    let settings: String = services.iter().map(|name| random.service(sandbox, name)).collect();
+    let agent = Agent::start(sandbox, &settings);
+    let _proxy = Proxy::start(sandbox);
+    services.iter().for_each(|name| agent.enable(name));
+
+    let mut decisions = 0;
+    for name in &services {
+        let destinations: Vec<String> = (0..CONNECTIONS).map(|_| random.destination()).collect();
+        let defined = explained(sandbox, name, &destinations);
+        let connect = [["decide"].as_slice(), &refs(&destinations)].concat();
+        let observed = sandbox.peer_in(&format!("random/{name}")).args(connect).run();
+        for (line, expected) in observed.ok().lines().zip(&defined) {
+            let steered = line == "steered";
+            assert!(steered || line == "passed", "{name} {expected:?}: {line}");
+            assert_eq!(steered, expected.steered, "seed {}, {name}: {expected:?}\n{settings}", *SEED);
+            decisions += 1;
+        }
+    }
+    assert_eq!(decisions, POLICIES * CONNECTIONS);
+    let counted = agent.status().services.iter().map(|service| service.counters.steered).sum::<u64>();
+    assert!(counted > 0 && counted < decisions as u64, "nothing but one answer tests nothing: {counted}");
+}
+
+/// What the definition says of a destination.
+#[derive(Debug, Deserialize)]
+struct Explained {
+    #[expect(dead_code, reason = "shown where kernel and definition differ")]
+    destination: String,
+    steered: bool,
+    #[expect(dead_code, reason = "shown where kernel and definition differ")]
+    because: String,
+}
+
+fn explained(sandbox: &Sandbox, service: &str, destinations: &[String]) -> Vec<Explained> {
+    let command = [["explain", "--json", service].as_slice(), &refs(destinations)].concat();
+    let finished = Agent::command(sandbox, &command);
+    serde_json::from_str(finished.ok()).expect("what the definition says, as JSON")
+}
+
+fn refs(texts: &[String]) -> Vec<&str> {
+    texts.iter().map(String::as_str).collect()
+}
+
+/// xorshift64 (Marsaglia 2003): a test needs variety, not secrecy.
+struct Random(u64);
+
+impl Random {
+    fn below(&mut self, bound: u64) -> u64 {
+        self.0 ^= self.0 << 13;
+        self.0 ^= self.0 >> 7;
+        self.0 ^= self.0 << 17;
+        (self.0 >> 16) % bound
+    }
+
+    fn service(&mut self, sandbox: &Sandbox, name: &str) -> String {
+        let cgroup = sandbox.cgroup_at(&format!("random/{name}"));
+        let (include, exclude) = (self.captures(1), self.captures(0));
+        format!(
+            "  {name}: {{ cgroup: {cgroup}, capture: {{ include: [{include}], exclude: [{exclude}] }} }}\n"
+        )
+    }
+
+    fn captures(&mut self, at_least: u64) -> String {
+        let number = at_least + self.below(6);
+        (0..number).map(|_| self.capture()).collect::<Vec<_>>().join(", ")
+    }
+
+    fn capture(&mut self) -> String {
+        let ports = (0..self.below(4)).map(|_| self.ports()).collect::<Vec<_>>().join(", ");
+        match self.below(5) {
+            0 if !ports.is_empty() => format!("{{ ports: [{ports}] }}"),
+            0 | 1 => format!("'{}'", self.net()),
+            _ => format!("{{ cidr: '{}', ports: [{ports}] }}", self.net()),
+        }
+    }
+
+    fn ports(&mut self) -> String {
+        let first = 1 + self.below(12);
+        format!("{first}-{}", first + self.below(6))
+    }
+
+    /// Of few and small nets, so that they meet often.
+    fn net(&mut self) -> String {
+        match self.below(12) {
+            0 => "0.0.0.0/0".to_owned(),
+            1 => "::/0".to_owned(),
+            2 => "10.0.0.0/8".to_owned(),
+            3 => "169.254.0.0/16".to_owned(),
+            4..8 => {
+                let bits = self.below(5);
+                format!("10.0.0.{}/{}", self.below(16) >> bits << bits, 32 - bits)
+            }
+            _ => {
+                let bits = self.below(5);
+                format!("fd00::{:x}/{}", self.below(16) >> bits << bits, 128 - bits)
+            }
+        }
+    }
+
+    fn destination(&mut self) -> String {
+        let (host, port) = (self.below(16), 1 + self.below(20));
+        match self.below(10) {
+            0 => format!("169.254.0.{host}:{port}"),
+            1 => format!("127.0.0.{}:{port}", host + 1),
+            2 => format!("[::ffff:10.0.0.{host}]:{port}"),
+            3 => format!("10.1.2.3:{port}"),
+            4..7 => format!("[fd00::{host:x}]:{port}"),
+            _ => format!("10.0.0.{host}:{port}"),
+        }
+    }
+}
