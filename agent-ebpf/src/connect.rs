@@ -81,6 +81,11 @@ fn target(ctx: &SockAddrContext, attempt: &Attempt) -> Option<Destination> {
             forget(ctx);
             None
         }
+        Decision::Observe => {
+            maps::count(id, |counters| &mut counters.observed);
+            forget(ctx);
+            None
+        }
         Decision::PassProxyAbsent => {
             maps::count(id, |counters| &mut counters.passed_proxy_absent);
             forget(ctx);

@@ -1,8 +1,8 @@
 //! What to do with a connection: pure, over the few questions it has to ask of the kernel.
 
 use crate::{
-    AF_INET, AF_INET6, FAILURE_CLOSED, HEARTBEAT_EXPIRY_NS, Listener, MAX_PORT_RANGES, RuleKey, Rules,
-    Service, VERDICT_STEER,
+    AF_INET, AF_INET6, FAILURE_CLOSED, HEARTBEAT_EXPIRY_NS, Listener, MAX_PORT_RANGES, PHASE_OBSERVE,
+    RuleKey, Rules, Service, VERDICT_STEER,
 };
 
 /// A connection attempt, as the connect hook sees it.
@@ -65,6 +65,8 @@ pub enum Decision {
     Ignore,
     /// Leave it alone: policy says so.
     PassByRule,
+    /// Leave it alone: policy would have it steered, but the service is only observed.
+    Observe,
     /// Leave it alone: nobody would answer at the proxy.
     PassProxyAbsent,
     /// Send it to the proxy at this port.
@@ -99,6 +101,9 @@ pub fn connect(host: &impl Host, attempt: &Attempt) -> Decision {
         || !captured(host, service, &attempt.destination)
     {
         return Decision::PassByRule;
+    }
+    if service.phase == PHASE_OBSERVE {
+        return Decision::Observe;
     }
     if host.proxy_listens(attempt.destination.family, service.proxy_port) {
         return Decision::Steer { proxy_port: service.proxy_port };
@@ -146,7 +151,7 @@ pub fn is_alive(listener: &Listener, now_ns: u64) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::{FAILURE_OPEN, NAME_LEN, PortRange, VERDICT_PASS};
+    use crate::{FAILURE_OPEN, NAME_LEN, PHASE_ENFORCE, PortRange, VERDICT_PASS};
     use core::cell::Cell;
     use std::net::{Ipv4Addr, Ipv6Addr};
 
@@ -181,9 +186,15 @@ mod tests {
         rules
     }
 
-    fn fake(failure: u16) -> Fake {
+    fn fake(failure: u8) -> Fake {
         Fake {
-            service: Some(Service { policy: 7, failure, proxy_port: 15001, name: [0; NAME_LEN] }),
+            service: Some(Service {
+                policy: 7,
+                failure,
+                phase: PHASE_ENFORCE,
+                proxy_port: 15001,
+                name: [0; NAME_LEN],
+            }),
             rules: Some(rules(&[(0, 65535, VERDICT_STEER)])),
             listens: true,
             asked_proxy: Cell::new(0),
@@ -226,6 +237,16 @@ mod tests {
     fn a_socket_bound_to_a_device_passes() {
         let bound = Attempt { bound_to_device: true, ..to("10.0.0.1") };
         assert_eq!(connect(&fake(FAILURE_OPEN), &bound), Decision::PassByRule);
+    }
+
+    #[test]
+    fn an_observed_service_goes_its_way_whether_the_proxy_is_there_or_not() {
+        for listens in [true, false] {
+            let mut host = Fake { listens, ..fake(FAILURE_CLOSED) };
+            host.service = host.service.map(|service| Service { phase: PHASE_OBSERVE, ..service });
+            assert_eq!(connect(&host, &to("10.0.0.1")), Decision::Observe);
+            assert_eq!(connect(&host, &to("127.0.0.1")), Decision::PassByRule);
+        }
     }
 
     #[test]

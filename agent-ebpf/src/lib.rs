@@ -72,7 +72,9 @@ shared! {
         /// Which rules apply: the first part of [`RuleKey`]. Replaced together with the rules, in one map update.
         policy: u32,
         /// [`FAILURE_OPEN`] or [`FAILURE_CLOSED`].
-        failure: u16,
+        failure: u8,
+        /// [`PHASE_ENFORCE`] or [`PHASE_OBSERVE`].
+        phase: u8,
         /// Where the proxy listens on 127.0.0.1 and ::1.
         proxy_port: u16,
         /// The name, UTF-8, NUL padded.
@@ -81,9 +83,14 @@ shared! {
 }
 
 /// With no proxy listening, connections go where they were going.
-pub const FAILURE_OPEN: u16 = 0;
+pub const FAILURE_OPEN: u8 = 0;
 /// With no proxy listening, connections are refused with `ECONNREFUSED`.
-pub const FAILURE_CLOSED: u16 = 1;
+pub const FAILURE_CLOSED: u8 = 1;
+
+/// What is to be steered is steered.
+pub const PHASE_ENFORCE: u8 = 0;
+/// What is to be steered is counted, and goes where it was going.
+pub const PHASE_OBSERVE: u8 = 1;
 
 shared! {
     /// What a destination is looked up by: the data of an `LPM_TRIE` key, after its prefix length.
@@ -216,7 +223,7 @@ pub const ORIGIN_OPTION_VERSION: u32 = 1;
 
 shared! {
     /// What happened to a service's connections. Value of `MR_COUNTERS` for each CPU, keyed by the service's id.
-    Counters: 40 {
+    Counters: 48 {
         /// Sent to the proxy.
         steered: u64,
         /// Left alone because policy says so.
@@ -227,13 +234,15 @@ shared! {
         refused: u64,
         /// Should have been steered, but the kernel could not keep the origin; treated as if no proxy listened.
         errors: u64,
+        /// Would have been sent to the proxy, were the service not only observed.
+        observed: u64,
     }
 }
 
 impl Counters {
     /// Nothing happened yet.
     pub const ZERO: Self =
-        Self { steered: 0, passed_by_rule: 0, passed_proxy_absent: 0, refused: 0, errors: 0 };
+        Self { steered: 0, passed_by_rule: 0, passed_proxy_absent: 0, refused: 0, errors: 0, observed: 0 };
 }
 
 /// Names of the maps that are pinned, in the kernel (at most 15 bytes) and below the pin directory.

@@ -3,8 +3,8 @@
 //! | request | answer |
 //! |---|---|
 //! | `GET /v1/status` | [`Status`] |
-//! | `PUT /v1/services/NAME` | [`Changed`] |
-//! | `DELETE /v1/services/NAME` | [`Changed`] |
+//! | `POST /v1/enable` with [`Change`] | [`Changed`] |
+//! | `POST /v1/disable` with [`Change`] | [`Changed`] |
 //! | `POST /v1/services/NAME/commands` | [`Joined`]: the calling process is in a steered cgroup of its own now |
 //! | `POST /v1/services/NAME/cgroups` | [`Joined`]: the cgroup of the calling process is steered as the service's now |
 //!
@@ -41,6 +41,8 @@ pub(crate) struct Service {
     pub(crate) name: String,
     /// False where only commands run as the service are steered.
     pub(crate) enabled: bool,
+    /// Whether what would be steered is only counted.
+    pub(crate) observe: bool,
     /// Seconds of the Unix epoch.
     pub(crate) since: u64,
     pub(crate) failure: String,
@@ -65,16 +67,40 @@ pub(crate) struct Counters {
     pub(crate) passed_proxy_absent: u64,
     pub(crate) refused: u64,
     pub(crate) errors: u64,
+    pub(crate) observed: u64,
 }
 
-/// A service was enabled or disabled.
+/// Services to enable or disable.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub(crate) struct Change {
+    /// Names and patterns (`pay*`).
+    pub(crate) services: Vec<String>,
+    /// Whether patterns are for the host's units too, not only for the services of the configuration.
+    pub(crate) all_matching: bool,
+    /// Whether what would be steered is only counted.
+    pub(crate) observe: bool,
+    /// Whether nothing shall be done, only told.
+    pub(crate) dry_run: bool,
+}
+
+/// Services were enabled or disabled, or would be.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) struct Changed {
+    pub(crate) services: Vec<ChangedService>,
+    /// What the user should know: a unit that does not run, a proxy that is not there.
+    pub(crate) notes: Vec<String>,
+    /// Of a dry run: what would be added (`+`) and removed (`-`).
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(crate) difference: Option<String>,
+}
+
+/// One of them.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct ChangedService {
     pub(crate) service: String,
     /// False where it was so already.
     pub(crate) changed: bool,
-    /// What the user should know: a unit that does not run, a proxy that is not there.
-    pub(crate) notes: Vec<String>,
 }
 
 /// A process is steered.

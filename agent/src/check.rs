@@ -8,7 +8,6 @@ use crate::{
     redirect::nftables,
     workload::Workloads,
 };
-use hyper::Method;
 use serde::Serialize;
 use std::{
     net::{Ipv4Addr, Ipv6Addr, SocketAddr, TcpStream},
@@ -114,7 +113,7 @@ fn mode(config: &Config, facts: &Facts) -> Line {
 }
 
 fn daemon(config: &Config) -> Line {
-    let status = client::call::<api::Status>(&config.paths.run, Method::GET, "/v1/status");
+    let status = client::get::<api::Status>(&config.paths.run, "/v1/status");
     let result = match status {
         Ok(status) => Ok(format!("running, {} services enabled", status.services.len())),
         Err(error) => Err(error.to_string()),

@@ -19,19 +19,18 @@ pub(crate) struct Cli {
 pub(crate) enum Command {
     /// Run the daemon in the foreground
     Run,
-    /// Steer a service: its running processes' next connections, and every later start's first
+    /// Steer services: their running processes' next connections, and every later start's first
     Enable {
-        /// A service of the configuration, or a systemd unit
-        service: String,
         #[command(flatten)]
-        output: Output,
+        change: Change,
+        /// Only count what would be steered, and let it go where it was going
+        #[arg(long)]
+        observe: bool,
     },
-    /// Stop steering a service; connections that are steered live on
+    /// Stop steering services; connections that are steered live on
     Disable {
-        /// A service of the configuration, or a systemd unit
-        service: String,
         #[command(flatten)]
-        output: Output,
+        change: Change,
     },
     /// Show what is steered, since when and how much
     Status {
@@ -65,6 +64,22 @@ pub(crate) enum Command {
         #[command(flatten)]
         output: Output,
     },
+}
+
+/// Which services, and whether in earnest.
+#[derive(Debug, Args)]
+pub(crate) struct Change {
+    /// Services of the configuration, systemd units, or patterns of the configuration's services (`pay*`)
+    #[arg(required = true, value_name = "SERVICE")]
+    pub(crate) services: Vec<String>,
+    /// Let patterns match every systemd service of this host too
+    #[arg(long)]
+    pub(crate) all_matching: bool,
+    /// Do nothing; show what would be added and removed
+    #[arg(long)]
+    pub(crate) dry_run: bool,
+    #[command(flatten)]
+    pub(crate) output: Output,
 }
 
 /// How results are shown.

@@ -2,10 +2,10 @@
 
 use crate::api::Refusal;
 use bytes::Bytes;
-use http_body_util::{BodyExt as _, Empty, Limited};
+use http_body_util::{BodyExt as _, Full, Limited};
 use hyper::{Method, Request, client::conn::http1};
 use hyper_util::rt::TokioIo;
-use serde::de::DeserializeOwned;
+use serde::{Serialize, de::DeserializeOwned};
 use std::{
     io,
     path::{Path, PathBuf},
@@ -34,22 +34,43 @@ pub(crate) enum ClientError {
     Protocol(String),
 }
 
-/// Sends one request and reads its answer.
-pub(crate) fn call<T: DeserializeOwned>(run: &Path, method: Method, path: &str) -> Result<T, ClientError> {
-    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().map_err(protocol)?;
-    runtime.block_on(exchange(&run.join("agent.sock"), method, path))
+/// Asks for something.
+pub(crate) fn get<T: DeserializeOwned>(run: &Path, path: &str) -> Result<T, ClientError> {
+    call(run, Method::GET, path, Vec::new())
 }
 
-async fn exchange<T: DeserializeOwned>(socket: &Path, method: Method, path: &str) -> Result<T, ClientError> {
+/// Has something done.
+pub(crate) fn post<T: DeserializeOwned>(
+    run: &Path,
+    path: &str,
+    body: Option<&impl Serialize>,
+) -> Result<T, ClientError> {
+    let body = body.map(serde_json::to_vec).transpose().map_err(protocol)?;
+    call(run, Method::POST, path, body.unwrap_or_default())
+}
+
+fn call<T: DeserializeOwned>(
+    run: &Path,
+    method: Method,
+    path: &str,
+    body: Vec<u8>,
+) -> Result<T, ClientError> {
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().map_err(protocol)?;
+    runtime.block_on(exchange(&run.join("agent.sock"), method, path, body))
+}
+
+async fn exchange<T: DeserializeOwned>(
+    socket: &Path,
+    method: Method,
+    path: &str,
+    body: Vec<u8>,
+) -> Result<T, ClientError> {
     let absent = |cause| ClientError::Absent { socket: socket.to_owned(), cause };
     let stream = UnixStream::connect(socket).await.map_err(absent)?;
     let (mut sender, connection) = http1::handshake(TokioIo::new(stream)).await.map_err(protocol)?;
     tokio::spawn(connection);
-    let request = Request::builder()
-        .method(method)
-        .uri(path)
-        .header("host", "mesh-redirect")
-        .body(Empty::<Bytes>::new());
+    let request = Request::builder().method(method).uri(path).header("host", "mesh-redirect");
+    let request = request.body(Full::new(Bytes::from(body)));
     let response = sender.send_request(request.map_err(protocol)?).await.map_err(|error| {
         ClientError::Protocol(format!(
             "{error}; the daemon closes the connection on callers that are not root"

@@ -2,7 +2,7 @@
 
 use crate::{
     api, check,
-    cli::{Attach, Cli, Command, Output},
+    cli::{self, Attach, Cli, Command, Output},
     client,
     config::{Config, ConfigError, Scope, check_name},
     daemon::{Daemon, Request},
@@ -16,7 +16,6 @@ use crate::{
     workload::{Workloads, systemd},
 };
 use anyhow::{Context as _, bail};
-use hyper::Method;
 use nix::unistd::geteuid;
 use std::{
     ffi::OsString, fs, io::Write as _, net::SocketAddr, os::unix::process::CommandExt as _, path::PathBuf,
@@ -40,10 +39,11 @@ pub(crate) fn run(cli: Cli) -> anyhow::Result<ExitCode> {
     }
     match cli.command {
         Command::Run => daemon(config, file)?,
-        Command::Enable { service, output } => change(&config, Method::PUT, "enabled", &service, output)?,
-        Command::Disable { service, output } => {
-            change(&config, Method::DELETE, "disabled", &service, output)?;
+        Command::Enable { change, observe } => {
+            let verb = if observe { "observed" } else { "enabled" };
+            self::change(&config, "/v1/enable", verb, change, observe)?;
         }
+        Command::Disable { change } => self::change(&config, "/v1/disable", "disabled", change, false)?,
         Command::Status { output } => status(&config, output)?,
         Command::Exec { service, command } => exec(&config, &service, &command)?,
         Command::Attach(attach) => self::attach(&config, &attach)?,
@@ -102,14 +102,15 @@ async fn serve_until_told_to_stop(socket: PathBuf, requests: mpsc::Sender<Reques
     fs::remove_file(&socket).with_context(|| format!("remove {}", socket.display()))
 }
 
-fn change(config: &Config, method: Method, verb: &str, service: &str, output: Output) -> anyhow::Result<()> {
-    check_name(service).map_err(anyhow::Error::msg)?;
-    let changed: api::Changed = client::call(&config.paths.run, method, &format!("/v1/services/{service}"))?;
+fn change(config: &Config, path: &str, verb: &str, change: cli::Change, observe: bool) -> anyhow::Result<()> {
+    let cli::Change { services, all_matching, dry_run, output } = change;
+    let change = api::Change { services, all_matching, observe, dry_run };
+    let changed: api::Changed = client::post(&config.paths.run, path, Some(&change))?;
     if output.json { print_json(&changed) } else { print(&present::changed(verb, &changed)) }
 }
 
 fn status(config: &Config, output: Output) -> anyhow::Result<()> {
-    let status: api::Status = client::call(&config.paths.run, Method::GET, "/v1/status")?;
+    let status: api::Status = client::get(&config.paths.run, "/v1/status")?;
     if output.json { print_json(&status) } else { print(&present::status(&status)) }
 }
 
@@ -117,7 +118,7 @@ fn status(config: &Config, output: Output) -> anyhow::Result<()> {
 fn exec(config: &Config, service: &str, command: &[OsString]) -> anyhow::Result<()> {
     check_name(service).map_err(anyhow::Error::msg)?;
     let path = format!("/v1/services/{service}/commands");
-    let joined: api::Joined = client::call(&config.paths.run, Method::POST, &path)?;
+    let joined: api::Joined = client::post(&config.paths.run, &path, None::<&()>)?;
     for note in joined.notes {
         eprintln!("mesh-redirect: note: {note}");
     }
@@ -133,7 +134,7 @@ fn attach(config: &Config, attach: &Attach) -> anyhow::Result<()> {
         let Some(name) = &attach.service else { return Ok(()) };
         check_name(name).map_err(anyhow::Error::msg)?;
         let path = format!("/v1/services/{name}/cgroups");
-        let _attached: api::Joined = client::call(&config.paths.run, Method::POST, &path)?;
+        let _attached: api::Joined = client::post(&config.paths.run, &path, None::<&()>)?;
         return Ok(());
     }
     let cgroup = Workloads::new(probe::cgroup2_mount()?).cgroup_of(std::process::id().cast_signed())?;
@@ -187,12 +188,8 @@ fn remove_drop_ins(config: &Config) -> anyhow::Result<()> {
         return systemd::remove_all_drop_ins().context("remove drop-ins");
     }
     let Ok(state) = StateFile::new(&config.paths.state).load() else { return Ok(()) };
-    for (name, _) in state.iter() {
-        if let Scope::Unit(unit) = Workloads::scope(config, name) {
-            systemd::remove_drop_in(&unit).with_context(|| format!("remove the drop-in of {unit}"))?;
-        }
-    }
-    Ok(())
+    let scopes: Vec<Scope> = state.iter().map(|(name, _)| Workloads::scope(config, name)).collect();
+    systemd::remove_drop_ins(scopes.iter().filter_map(Scope::unit)).context("remove drop-ins")
 }
 
 /// A command that still runs keeps its cgroup, which is harmless then.

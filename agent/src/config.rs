@@ -62,6 +62,16 @@ pub(crate) enum Scope {
     Unit(String),
 }
 
+impl Scope {
+    /// The unit, if it is one.
+    pub(crate) fn unit(&self) -> Option<&str> {
+        match self {
+            Self::Unit(unit) => Some(unit),
+            Self::Cgroup(_) => None,
+        }
+    }
+}
+
 impl fmt::Display for Scope {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {

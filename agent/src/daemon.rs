@@ -2,15 +2,20 @@
 
 use crate::{
     api,
-    config::{Config, Failure, Scope},
+    config::{Config, Failure, Scope, check_name},
     lock,
     mode::{self, Mode},
     plan, probe,
     redirect::{self, Cgroup, Desired, Redirect},
     state::{State, StateFile},
     watch,
-    workload::{Unknown, Workloads, systemd},
+    workload::{
+        self, Unknown, Workloads,
+        systemd::{self, DropIn},
+    },
 };
+use globset::Glob;
+use similar::{ChangeTag, TextDiff};
 use std::{
     collections::BTreeSet,
     fs, io,
@@ -29,8 +34,8 @@ const COMMANDS: &str = "/mesh-redirect";
 #[derive(Debug)]
 pub(crate) enum Request {
     Status(Reply<api::Status>),
-    Enable(String, Reply<api::Changed>),
-    Disable(String, Reply<api::Changed>),
+    Enable(api::Change, Reply<api::Changed>),
+    Disable(api::Change, Reply<api::Changed>),
     /// Steer a process as a service, in a cgroup of its own.
     Join(String, i32, Reply<api::Joined>),
     /// Steer the cgroup that a process is in as a service's: the unit is about to start there.
@@ -50,6 +55,14 @@ pub(crate) enum Error {
     Unknown(#[from] Unknown),
     #[error("{0}")]
     BadName(String),
+    #[error(
+        "no service matches `{pattern}`; patterns are for services of the configuration, and with --all-matching for systemd units"
+    )]
+    NoMatch { pattern: String },
+    #[error("{0}")]
+    BadPattern(String),
+    #[error("{action} the step before units' starts: {cause}")]
+    DropIn { action: &'static str, cause: io::Error },
     #[error("service `{0}` is not enabled; `mesh-redirect enable {0}` does it")]
     NotEnabled(String),
     #[error(transparent)]
@@ -126,8 +139,8 @@ impl Daemon {
         loop {
             match requests.recv_timeout(next_look.saturating_duration_since(Instant::now())) {
                 Ok(Request::Status(reply)) => answer(reply, self.status()),
-                Ok(Request::Enable(name, reply)) => answer(reply, self.enable(&name)),
-                Ok(Request::Disable(name, reply)) => answer(reply, self.disable(&name)),
+                Ok(Request::Enable(change, reply)) => answer(reply, self.enable(&change)),
+                Ok(Request::Disable(change, reply)) => answer(reply, self.disable(&change)),
                 Ok(Request::Join(name, pid, reply)) => answer(reply, self.join(&name, pid)),
                 Ok(Request::Attach(name, pid, reply)) => answer(reply, self.attach(&name, pid)),
                 Ok(Request::Proxy(ready)) => self.hear_of_proxy(ready),
@@ -161,43 +174,82 @@ impl Daemon {
         self.apply(&self.state.clone())
     }
 
-    fn enable(&mut self, name: &str) -> Result<api::Changed, Error> {
-        crate::config::check_name(name).map_err(Error::BadName)?;
-        let scope = self.workloads.resolve(&self.config, name)?;
-        let changed = !self.state.is_enabled(name);
+    fn enable(&mut self, change: &api::Change) -> Result<api::Changed, Error> {
+        let mut known: Vec<String> = self.config.services.keys().cloned().collect();
+        if change.all_matching {
+            known.extend(workload::unit_services());
+        }
+        let names = expand(&change.services, &known)?;
+        let scopes = self.workloads.resolve(&self.config, &names)?;
         let mut next = self.state.clone();
-        next.enable(name);
+        let services = names.iter().map(|service| api::ChangedService {
+            service: service.clone(),
+            changed: next.enable(service, change.observe),
+        });
+        let services = services.collect();
+        if change.dry_run {
+            return Ok(api::Changed { services, notes: vec![], difference: Some(self.difference(&next)?) });
+        }
         self.commit(next)?;
-        if let Scope::Unit(unit) = &scope {
-            let required = self.config.policy(name).failure == Failure::Closed;
-            systemd::write_drop_in(unit, name, self.config_file.as_deref(), required)
-                .map_err(|cause| Error::Io { action: "write the drop-in of", path: unit.into(), cause })?;
-        }
+        let drop_ins: Vec<DropIn> =
+            names.iter().zip(&scopes).filter_map(|(name, scope)| self.drop_in(name, scope)).collect();
+        systemd::write_drop_ins(&drop_ins, self.config_file.as_deref()).map_err(drop_in_error("write"))?;
         let mut notes = self.proxy_notes();
-        if self.workloads.cgroup(&scope).is_none() {
-            notes.push("it does not run now; it will be steered from its first connection".to_owned());
+        let cgroups = scopes.iter().map(|scope| self.workloads.cgroup(scope));
+        let absent: Vec<bool> = cgroups.map(|cgroup| cgroup.is_none()).collect();
+        for (name, _) in names.iter().zip(absent).filter(|(_, absent)| *absent) {
+            notes.push(format!("{name} does not run now; it will be steered from its first connection"));
         }
-        Ok(api::Changed { service: name.to_owned(), changed, notes })
+        Ok(api::Changed { services, notes, difference: None })
     }
 
-    fn disable(&mut self, name: &str) -> Result<api::Changed, Error> {
-        crate::config::check_name(name).map_err(Error::BadName)?;
-        let changed = self.state.is_enabled(name);
+    fn disable(&mut self, change: &api::Change) -> Result<api::Changed, Error> {
+        let enabled: Vec<String> = self.state.iter().map(|(name, _)| name.to_owned()).collect();
+        let names = expand(&change.services, &enabled)?;
         let mut next = self.state.clone();
-        next.disable(name);
-        self.commit(next)?;
-        if let Scope::Unit(unit) = Workloads::scope(&self.config, name) {
-            systemd::remove_drop_in(&unit).map_err(|cause| Error::Io {
-                action: "remove the drop-in of",
-                path: unit.into(),
-                cause,
-            })?;
+        let services = names
+            .iter()
+            .map(|service| api::ChangedService { service: service.clone(), changed: next.disable(service) });
+        let services = services.collect();
+        if change.dry_run {
+            return Ok(api::Changed { services, notes: vec![], difference: Some(self.difference(&next)?) });
         }
-        Ok(api::Changed { service: name.to_owned(), changed, notes: Vec::new() })
+        self.commit(next)?;
+        let scopes: Vec<Scope> = names.iter().map(|name| Workloads::scope(&self.config, name)).collect();
+        let units = scopes.iter().filter_map(Scope::unit);
+        systemd::remove_drop_ins(units).map_err(drop_in_error("remove"))?;
+        Ok(api::Changed { services, notes: vec![], difference: None })
+    }
+
+    /// What another state would add and remove, line by line.
+    fn difference(&mut self, next: &State) -> Result<String, Error> {
+        let before = self.described(&self.state.clone())?;
+        let after = self.described(next)?;
+        let difference = TextDiff::from_lines(&before, &after);
+        let changes = difference.iter_all_changes().filter(|change| change.tag() != ChangeTag::Equal);
+        Ok(changes.map(|change| format!("{}{}", change.tag(), change.value())).collect())
+    }
+
+    /// Everything that a state makes of kernel and host.
+    fn described(&mut self, state: &State) -> Result<String, Error> {
+        let desired = plan::everything(&self.config, state, &mut self.workloads)?;
+        let mut text = self.redirect.describe(&desired);
+        for (name, _) in state.iter().filter(|(_, entry)| entry.enabled) {
+            let Some(drop_in) = self.drop_in(name, &Workloads::scope(&self.config, name)) else { continue };
+            let file = drop_in.file(self.config_file.as_deref()).map_err(drop_in_error("describe"))?;
+            text += &format!("file {}\n", file.0.display());
+            text.extend(file.1.lines().map(|line| format!("\t{line}\n")));
+        }
+        Ok(text)
+    }
+
+    fn drop_in(&self, service: &str, scope: &Scope) -> Option<DropIn> {
+        let required = self.config.policy(service).failure == Failure::Closed;
+        Some(DropIn { unit: scope.unit()?.to_owned(), service: service.to_owned(), required })
     }
 
     fn join(&mut self, name: &str, pid: i32) -> Result<api::Joined, Error> {
-        crate::config::check_name(name).map_err(Error::BadName)?;
+        check_name(name).map_err(Error::BadName)?;
         self.commands += 1;
         let cgroup = format!("{COMMANDS}/{name}-{pid}-{}", self.commands);
         let dir = self.workloads.dir(&cgroup);
@@ -262,6 +314,7 @@ impl Daemon {
             api::Service {
                 name: name.to_owned(),
                 enabled: entry.enabled,
+                observe: entry.observe,
                 since: entry.since,
                 failure: service.failure.to_string(),
                 scopes: service.scopes.iter().map(scope).collect(),
@@ -318,13 +371,44 @@ fn answer<T>(reply: Reply<T>, result: Result<T, Error>) {
     let _the_caller_may_be_gone = reply.send(result);
 }
 
+fn drop_in_error(action: &'static str) -> impl Fn(io::Error) -> Error {
+    move |cause| Error::DropIn { action, cause }
+}
+
+/// Names as they are, and patterns as the known names that they match.
+fn expand(asked: &[String], known: &[String]) -> Result<Vec<String>, Error> {
+    let mut names: Vec<String> = Vec::new();
+    if asked.is_empty() {
+        return Err(Error::BadName("no service is named".to_owned()));
+    }
+    for asked in asked {
+        if !asked.contains(['*', '?', '[', '{']) {
+            check_name(asked).map_err(Error::BadName)?;
+            names.push(asked.clone());
+            continue;
+        }
+        let pattern =
+            Glob::new(asked).map_err(|error| Error::BadPattern(error.to_string()))?.compile_matcher();
+        let before = names.len();
+        names.extend(known.iter().filter(|name| pattern.is_match(name)).cloned());
+        if names.len() == before {
+            return Err(Error::NoMatch { pattern: asked.clone() });
+        }
+    }
+    // In the order in which they were asked for, each once.
+    let mut seen = BTreeSet::new();
+    names.retain(|name| seen.insert(name.clone()));
+    Ok(names)
+}
+
 fn is_used(dir: &Path) -> bool {
     Cgroup::open(dir).is_ok_and(|cgroup| cgroup.is_populated())
 }
 
 impl From<agent_ebpf::Counters> for api::Counters {
     fn from(counters: agent_ebpf::Counters) -> Self {
-        let agent_ebpf::Counters { steered, passed_by_rule, passed_proxy_absent, refused, errors } = counters;
-        Self { steered, passed_by_rule, passed_proxy_absent, refused, errors }
+        let agent_ebpf::Counters { steered, passed_by_rule, passed_proxy_absent, refused, errors, observed } =
+            counters;
+        Self { steered, passed_by_rule, passed_proxy_absent, refused, errors, observed }
     }
 }

@@ -23,6 +23,8 @@ pub(crate) fn everything(
     workloads: &mut Workloads,
 ) -> Result<Desired, PlanError> {
     let mut services = Vec::new();
+    let scopes: Vec<Scope> = state.iter().map(|(name, _)| Workloads::scope(config, name)).collect();
+    workloads.look_up(scopes.iter().filter_map(Scope::unit));
     for (name, entry) in state.iter() {
         let mut service = service(config, name, entry)?;
         if entry.enabled {
@@ -43,6 +45,7 @@ pub(crate) fn service(config: &Config, name: &str, entry: &Entry) -> Result<Serv
         id: entry.id,
         name: name.to_owned(),
         failure: policy.failure,
+        observe: entry.observe,
         proxy_port: config.proxy.port,
         entries,
         scopes: Vec::new(),

@@ -27,28 +27,37 @@ pub(crate) fn status(status: &api::Status) -> String {
         text.push_str("no service is enabled\n");
         return text;
     }
-    let head =
-        ["SERVICE", "SCOPE", "FAILURE", "STEERED", "BY RULE", "NO PROXY", "REFUSED", "ERRORS", "SINCE"];
+    let head = [
+        "SERVICE", "SCOPE", "FAILURE", "STEERED", "OBSERVED", "BY RULE", "NO PROXY", "REFUSED", "ERRORS",
+        "SINCE",
+    ];
     let mut rows = vec![head.map(str::to_owned)];
     rows.extend(status.services.iter().flat_map(service_rows));
     text + &table(&rows)
 }
 
-fn service_rows(service: &api::Service) -> Vec<[String; 9]> {
+fn service_rows(service: &api::Service) -> Vec<[String; 10]> {
     let scope = |scope: &api::Scope| {
         if scope.attached { scope.cgroup.clone() } else { format!("{} (not attached)", scope.cgroup) }
     };
     let mut scopes = service.scopes.iter().map(scope);
-    let api::Counters { steered, passed_by_rule, passed_proxy_absent, refused, errors } = service.counters;
-    let [steered, by_rule, absent, refused, errors] =
-        [steered, passed_by_rule, passed_proxy_absent, refused, errors].map(|count| count.to_string());
+    let api::Counters { steered, passed_by_rule, passed_proxy_absent, refused, errors, observed } =
+        service.counters;
+    let [steered, observed, by_rule, absent, refused, errors] =
+        [steered, observed, passed_by_rule, passed_proxy_absent, refused, errors]
+            .map(|count| count.to_string());
     // One that is not enabled is here for commands that run as it.
-    let name = if service.enabled { service.name.clone() } else { format!("{} (commands)", service.name) };
+    let name = match (service.enabled, service.observe) {
+        (true, false) => service.name.clone(),
+        (true, true) => format!("{} (observed)", service.name),
+        (false, _) => format!("{} (commands)", service.name),
+    };
     let since = utc(service.since);
     let scope = scopes.next().unwrap_or_else(|| "(not running)".to_owned());
-    let first = [name, scope, service.failure.clone(), steered, by_rule, absent, refused, errors, since];
+    let first =
+        [name, scope, service.failure.clone(), steered, observed, by_rule, absent, refused, errors, since];
     let further = scopes.map(|scope| {
-        let mut row: [String; 9] = Default::default();
+        let mut row: [String; 10] = Default::default();
         row[1] = scope;
         row
     });
@@ -71,12 +80,18 @@ fn table<const N: usize>(rows: &[[String; N]]) -> String {
 
 /// The outcome of `enable` and `disable`.
 pub(crate) fn changed(verb: &str, changed: &api::Changed) -> String {
-    let already = if changed.changed { "" } else { "already " };
-    let mut text = format!("{} is {already}{verb}\n", changed.service);
+    let mut text = String::new();
+    for api::ChangedService { service, changed: anew } in &changed.services {
+        let already = if *anew { "" } else { "already " };
+        let _infallible = match &changed.difference {
+            Some(_) if *anew => writeln!(text, "{service} would be {verb}"),
+            _ => writeln!(text, "{service} is {already}{verb}"),
+        };
+    }
     for note in &changed.notes {
         let _infallible = writeln!(text, "note: {note}");
     }
-    text
+    text + changed.difference.as_deref().unwrap_or_default()
 }
 
 /// The lines of `check`.
@@ -144,6 +159,7 @@ mod tests {
         let service = |name: &str, scopes: &[(&str, bool)]| api::Service {
             name: name.into(),
             enabled: true,
+            observe: false,
             since: 0,
             failure: "open".into(),
             scopes: scopes

@@ -61,6 +61,14 @@ impl Redirect {
         }
     }
 
+    /// What `apply` makes of what is desired, line by line.
+    pub(crate) fn describe(&self, desired: &Desired) -> String {
+        match self {
+            Self::Ebpf(_) => ebpf::describe(desired),
+            Self::Nftables(nftables) => nftables.describe(desired),
+        }
+    }
+
     /// What the kernel says is there of what is desired.
     pub(crate) fn status(&self, desired: &Desired) -> Result<Status, Error> {
         match self {
@@ -95,6 +103,8 @@ pub(crate) struct Service {
     /// At most [`agent_ebpf::NAME_LEN`] - 1 bytes.
     pub(crate) name: String,
     pub(crate) failure: Failure,
+    /// Whether what would be steered is only counted.
+    pub(crate) observe: bool,
     pub(crate) proxy_port: u16,
     pub(crate) entries: Vec<Entry>,
     /// Where its processes are now; none for a unit that does not run.

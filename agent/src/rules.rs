@@ -11,6 +11,7 @@ use agent_ebpf::{
 use ipnet::{IpNet, Ipv4Net, Ipv6Net};
 use std::{
     collections::BTreeSet,
+    fmt,
     net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
 };
 
@@ -23,6 +24,14 @@ pub(crate) struct Entry {
     pub(crate) net: IpNet,
     /// What happens to their ports.
     pub(crate) rules: Rules,
+}
+
+impl fmt::Display for Entry {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let ports: Vec<String> = self.steered().iter().map(ToString::to_string).collect();
+        let ports = if ports.is_empty() { "none".to_owned() } else { ports.join(", ") };
+        write!(f, "{} ports {ports}", self.net)
+    }
 }
 
 impl Entry {

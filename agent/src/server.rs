@@ -6,7 +6,7 @@ use crate::{
     daemon::{self, Request},
 };
 use bytes::Bytes;
-use http_body_util::Full;
+use http_body_util::{BodyExt as _, Full, Limited};
 use hyper::{Method, Response, StatusCode, body::Incoming, service::service_fn};
 use hyper_util::rt::{TokioIo, TokioTimer};
 use nix::sys::stat;
@@ -26,7 +26,9 @@ use tokio::{
 
 /// Callers at once; further ones wait.
 const MAX_CONNECTIONS: usize = 64;
-/// Bytes of a request's head. Requests have no bodies, and one that comes is not read.
+/// Bytes of a request's body: as many services as can be enabled, by their longest names.
+const MAX_BODY: usize = 512 << 10;
+/// Bytes of a request's head.
 const MAX_HEAD: usize = 8 << 10;
 /// How long a caller may take for its request, and for all of it.
 const HEAD_TIMEOUT: Duration = Duration::from_secs(5);
@@ -74,7 +76,7 @@ async fn connection(stream: UnixStream, requests: Sender<Request>) {
     }
     let service = service_fn(|request| {
         let requests = requests.clone();
-        async move { Ok::<_, Infallible>(respond(&request, peer.pid(), &requests).await) }
+        async move { Ok::<_, Infallible>(respond(request, peer.pid(), &requests).await) }
     });
     let mut builder = hyper::server::conn::http1::Builder::new();
     builder
@@ -90,22 +92,25 @@ async fn connection(stream: UnixStream, requests: Sender<Request>) {
 }
 
 async fn respond(
-    request: &hyper::Request<Incoming>,
+    request: hyper::Request<Incoming>,
     pid: Option<i32>,
     requests: &Sender<Request>,
 ) -> Response<Full<Bytes>> {
-    let parts: Vec<&str> = request.uri().path().trim_start_matches('/').split('/').collect();
-    match (request.method(), &parts[..]) {
+    let (head, body) = request.into_parts();
+    let parts: Vec<&str> = head.uri.path().trim_start_matches('/').split('/').collect();
+    match (&head.method, &parts[..]) {
         (&Method::GET, ["v1", "status"]) => ask(requests, Request::Status).await,
         (_, ["v1", "services", name, ..]) if check_name(name).is_err() => {
             json(StatusCode::BAD_REQUEST, &api::Refusal { error: check_name(name).err().unwrap_or_default() })
         }
-        (&Method::PUT, ["v1", "services", name]) => {
-            ask(requests, |reply| Request::Enable((*name).to_owned(), reply)).await
-        }
-        (&Method::DELETE, ["v1", "services", name]) => {
-            ask(requests, |reply| Request::Disable((*name).to_owned(), reply)).await
-        }
+        (&Method::POST, ["v1", "enable"]) => match change(body).await {
+            Ok(change) => ask(requests, |reply| Request::Enable(change, reply)).await,
+            Err(error) => refuse(StatusCode::BAD_REQUEST, &error),
+        },
+        (&Method::POST, ["v1", "disable"]) => match change(body).await {
+            Ok(change) => ask(requests, |reply| Request::Disable(change, reply)).await,
+            Err(error) => refuse(StatusCode::BAD_REQUEST, &error),
+        },
         (&Method::POST, ["v1", "services", name, "commands"]) => match pid {
             Some(pid) => ask(requests, |reply| Request::Join((*name).to_owned(), pid, reply)).await,
             None => refuse(StatusCode::BAD_REQUEST, "the kernel does not tell who is calling"),
@@ -114,11 +119,17 @@ async fn respond(
             Some(pid) => ask(requests, |reply| Request::Attach((*name).to_owned(), pid, reply)).await,
             None => refuse(StatusCode::BAD_REQUEST, "the kernel does not tell who is calling"),
         },
-        (_, ["v1", "status"] | ["v1", "services", _] | ["v1", "services", _, "commands" | "cgroups"]) => {
+        (_, ["v1", "status" | "enable" | "disable"] | ["v1", "services", _, "commands" | "cgroups"]) => {
             refuse(StatusCode::METHOD_NOT_ALLOWED, "this path does not know this method")
         }
         _ => refuse(StatusCode::NOT_FOUND, "no such path; see the reference of the control socket"),
     }
+}
+
+async fn change(body: Incoming) -> Result<api::Change, String> {
+    let body =
+        Limited::new(body, MAX_BODY).collect().await.map_err(|error| format!("read the body: {error}"))?;
+    serde_json::from_slice(&body.to_bytes()).map_err(|error| format!("read the body: {error}"))
 }
 
 async fn ask<T: Serialize>(
@@ -139,7 +150,10 @@ async fn ask<T: Serialize>(
 fn status_of(error: &daemon::Error) -> StatusCode {
     match error {
         daemon::Error::Unknown(_) | daemon::Error::NotEnabled(_) => StatusCode::NOT_FOUND,
-        daemon::Error::BadName(_) | daemon::Error::Plan(_) => StatusCode::BAD_REQUEST,
+        daemon::Error::BadName(_)
+        | daemon::Error::NoMatch { .. }
+        | daemon::Error::BadPattern(_)
+        | daemon::Error::Plan(_) => StatusCode::BAD_REQUEST,
         _ => StatusCode::INTERNAL_SERVER_ERROR,
     }
 }

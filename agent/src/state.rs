@@ -34,6 +34,9 @@ pub(crate) struct Entry {
     pub(crate) since: u64,
     /// Whether the service itself is enabled; if not, only commands run as it are steered.
     pub(crate) enabled: bool,
+    /// Whether what would be steered is only counted.
+    #[serde(default)]
+    pub(crate) observe: bool,
     /// Cgroups of commands that were run as this service, below the cgroup2 mount.
     pub(crate) commands: BTreeSet<String>,
 }
@@ -90,21 +93,26 @@ impl State {
         self.services.get(name)
     }
 
-    /// With a service enabled.
-    pub(crate) fn enable(&mut self, name: &str) {
+    /// With a service enabled, or only observed. True where it was not so before.
+    pub(crate) fn enable(&mut self, name: &str, observe: bool) -> bool {
         let entry = self.entry(name);
-        if !entry.enabled {
-            entry.enabled = true;
+        let changed = !entry.enabled || entry.observe != observe;
+        if changed {
             entry.since = now();
         }
+        (entry.enabled, entry.observe) = (true, observe);
+        changed
     }
 
-    /// With a service not enabled.
-    pub(crate) fn disable(&mut self, name: &str) {
-        if let Some(entry) = self.services.get_mut(name) {
-            entry.enabled = false;
+    /// With a service not enabled. True where it was.
+    pub(crate) fn disable(&mut self, name: &str) -> bool {
+        let Some(entry) = self.services.get_mut(name) else { return false };
+        let changed = entry.enabled;
+        (entry.enabled, entry.observe) = (false, false);
+        if entry.commands.is_empty() {
+            self.services.remove(name);
         }
-        self.services.retain(|_, entry| entry.enabled || !entry.commands.is_empty());
+        changed
     }
 
     /// With a command run as a service, in a cgroup of its own.
@@ -123,7 +131,8 @@ impl State {
     fn entry(&mut self, name: &str) -> &mut Entry {
         let used: BTreeSet<u32> = self.services.values().map(|entry| entry.id).collect();
         let free = (1..=u32::MAX).find(|id| !used.contains(id)).unwrap_or(u32::MAX);
-        let new = || Entry { id: free, since: now(), enabled: false, commands: BTreeSet::new() };
+        let new =
+            || Entry { id: free, since: now(), enabled: false, observe: false, commands: BTreeSet::new() };
         self.services.entry(name.to_owned()).or_insert_with(new)
     }
 }
@@ -212,7 +221,7 @@ mod tests {
         let file = StateFile::new(&dir.path().join("state"));
         let mut state = file.load().unwrap();
         assert_eq!(state.iter().count(), 0);
-        state.enable("payments");
+        state.enable("payments", false);
         state.add_command("shop", "/mesh-redirect/shop-1".into());
         file.save(&state).unwrap();
         assert_eq!(file.load().unwrap(), state);
@@ -224,10 +233,10 @@ mod tests {
     fn ids_are_distinct_and_reused_only_when_free() {
         let mut state = State::default();
         for name in ["a", "b", "c"] {
-            state.enable(name);
+            assert!(state.enable(name, false));
         }
-        state.disable("b");
-        state.enable("d");
+        assert!(state.disable("b") && !state.disable("b"));
+        state.enable("d", true);
         let ids: Vec<(&str, u32)> = state.iter().map(|(name, entry)| (name, entry.id)).collect();
         assert_eq!(ids, [("a", 1), ("c", 3), ("d", 2)]);
     }
@@ -235,7 +244,7 @@ mod tests {
     #[test]
     fn a_service_stays_while_a_command_runs_as_it() {
         let mut state = State::default();
-        state.enable("shop");
+        state.enable("shop", false);
         state.add_command("shop", "/x".into());
         state.disable("shop");
         assert!(!state.is_enabled("shop"));

@@ -57,6 +57,7 @@ pub(crate) struct Workloads {
 
 #[derive(Debug)]
 struct UnitCgroup {
+    is_loaded: bool,
     path: Option<String>,
     asked: Instant,
 }
@@ -72,30 +73,32 @@ impl Workloads {
         &self.cgroup_root
     }
 
-    /// What a service is: what the configuration says, else the unit of its name. It has to be there.
-    pub(crate) fn resolve(&self, config: &Config, name: &str) -> Result<Scope, Unknown> {
-        let written = config.services.get(name).and_then(|service| service.scope.as_ref());
-        match written {
-            Some(Scope::Cgroup(path)) if !self.dir(path).is_dir() => {
-                let root = self.cgroup_root.clone();
-                Err(Unknown::Cgroup { name: name.to_owned(), path: path.clone(), root })
+    /// What services are: what the configuration says, else the units of their names. They have to be there.
+    pub(crate) fn resolve(&mut self, config: &Config, names: &[String]) -> Result<Vec<Scope>, Unknown> {
+        let scopes: Vec<Scope> = names.iter().map(|name| Self::scope(config, name)).collect();
+        self.ask(scopes.iter().filter_map(Scope::unit));
+        for (name, scope) in names.iter().zip(&scopes) {
+            self.check(config, name, scope)?;
+        }
+        Ok(scopes)
+    }
+
+    fn check(&self, config: &Config, name: &str, scope: &Scope) -> Result<(), Unknown> {
+        let name = name.to_owned();
+        match scope {
+            Scope::Cgroup(path) if !self.dir(path).is_dir() => {
+                Err(Unknown::Cgroup { name, path: path.clone(), root: self.cgroup_root.clone() })
             }
-            Some(Scope::Unit(unit)) if !systemd::is_loaded(unit) => {
-                let closest = similar(unit, systemd::units());
-                Err(Unknown::Unit { name: name.to_owned(), unit: unit.clone(), closest })
-            }
-            Some(scope) => Ok(scope.clone()),
-            None => {
-                let unit = implied_unit(name);
-                if systemd::is_loaded(&unit) {
-                    return Ok(Scope::Unit(unit));
+            Scope::Unit(unit) if !self.units.get(unit).is_some_and(|known| known.is_loaded) => {
+                let named = config.services.get(&name).is_some_and(|service| service.scope.is_some());
+                if named {
+                    let closest = similar(unit, systemd::units());
+                    return Err(Unknown::Unit { name, unit: unit.clone(), closest });
                 }
-                let units = systemd::units()
-                    .into_iter()
-                    .filter_map(|unit| Some(unit.strip_suffix(".service")?.to_owned()));
-                let known = config.services.keys().cloned().chain(units);
-                Err(Unknown::Service { name: name.to_owned(), closest: similar(name, known) })
+                let known = config.services.keys().cloned().chain(unit_services());
+                Err(Unknown::Service { closest: similar(&name, known), name })
             }
+            _ => Ok(()),
         }
     }
 
@@ -115,7 +118,7 @@ impl Workloads {
 
     /// Takes note of where a unit is.
     pub(crate) fn learn(&mut self, unit: String, path: String) {
-        self.units.insert(unit, UnitCgroup { path: Some(path), asked: Instant::now() });
+        self.units.insert(unit, UnitCgroup { is_loaded: true, path: Some(path), asked: Instant::now() });
     }
 
     /// The cgroup of a process.
@@ -141,19 +144,38 @@ impl Workloads {
         self.cgroup_root.join(path.trim_start_matches('/'))
     }
 
-    fn unit_cgroup(&mut self, unit: &str) -> Option<Cgroup> {
-        let known = self.units.get(unit);
-        if let Some(cgroup) = known.and_then(|known| Cgroup::open(&self.dir(known.path.as_ref()?)).ok()) {
-            return Some(cgroup);
-        }
-        if known.is_some_and(|known| known.asked.elapsed() < ASK_AGAIN) {
-            return None;
-        }
-        let path = systemd::control_group(unit);
-        let cgroup = path.as_ref().and_then(|path| Cgroup::open(&self.dir(path)).ok());
-        self.units.insert(unit.to_owned(), UnitCgroup { path, asked: Instant::now() });
-        cgroup
+    /// Asks systemd for those of these units whose cgroup is not known and there, all at once.
+    pub(crate) fn look_up<'u>(&mut self, units: impl Iterator<Item = &'u str>) {
+        let unknown = |unit: &&str| match self.units.get(*unit) {
+            Some(known) => known.asked.elapsed() >= ASK_AGAIN && self.open(known).is_none(),
+            None => true,
+        };
+        let unknown: Vec<&str> = units.filter(unknown).collect();
+        self.ask(unknown.into_iter());
     }
+
+    fn ask<'u>(&mut self, units: impl Iterator<Item = &'u str>) {
+        let units: Vec<&str> = units.collect();
+        let asked = Instant::now();
+        for (unit, systemd::Unit { is_loaded, control_group: path }) in systemd::show(&units) {
+            self.units.insert(unit.to_owned(), UnitCgroup { is_loaded, path, asked });
+        }
+    }
+
+    fn unit_cgroup(&mut self, unit: &str) -> Option<Cgroup> {
+        self.look_up([unit].into_iter());
+        self.open(self.units.get(unit)?)
+    }
+
+    fn open(&self, unit: &UnitCgroup) -> Option<Cgroup> {
+        Cgroup::open(&self.dir(unit.path.as_ref()?)).ok()
+    }
+}
+
+/// Services by the names of this host's units.
+pub(crate) fn unit_services() -> impl Iterator<Item = String> {
+    let name = |unit: String| Some(unit.strip_suffix(".service")?.to_owned());
+    systemd::units().into_iter().filter_map(name)
 }
 
 fn implied_unit(name: &str) -> String {
@@ -184,13 +206,15 @@ mod tests {
     #[test]
     fn a_service_nobody_knows_is_an_error_that_offers_what_the_configuration_has() {
         let config = Config::parse(Path::new("f"), "services: { payments: { cgroup: /x } }").unwrap();
-        let workloads = Workloads::new(PathBuf::from("/nonexistent"));
-        let message = workloads.resolve(&config, "paymets").unwrap_err().to_string();
+        let mut workloads = Workloads::new(PathBuf::from("/nonexistent"));
+        let mut resolve =
+            |name: &str| workloads.resolve(&config, &[name.to_owned()]).unwrap_err().to_string();
+        let message = resolve("paymets");
         assert!(
             message.contains("no service `paymets`") && message.contains("did you mean payments?"),
             "{message}"
         );
-        let message = workloads.resolve(&config, "payments").unwrap_err().to_string();
+        let message = resolve("payments");
         assert!(message.contains("there is no cgroup /x below /nonexistent"), "{message}");
     }
 }

@@ -45,12 +45,18 @@ fn malformed_requests_are_answered_and_survived(sandbox: &Sandbox) {
         "GET\r\n\r\n".to_owned(),
         request("GET /no/such/thing", ""),
         request("POST /v1/status", ""),
-        request("PUT /v1/services/..%2f..", ""),
-        request(&format!("PUT /v1/services/{}", &long[..5000]), ""),
+        request("POST /v1/services/..%2f../commands", ""),
+        request(&format!("POST /v1/services/{}/commands", &long[..5000]), ""),
+        body("{}"),
+        body("[]"),
+        body(r#"{"services": ["../.."]}"#),
+        body(r#"{"services": ["shop"], "observed": true}"#),
+        body(r#"{"services": ["[a-"]}"#),
+        body(&format!(r#"{{"services": ["{long}"]}}"#)),
         request(&format!("GET /{long}"), ""),
         request("GET /v1/status", &format!("x-long: {long}\r\n")),
-        request("PUT /v1/services/unknown", "content-length: 99999999999\r\n") + &long,
-        request("PUT /v1/services/unknown", "transfer-encoding: chunked\r\n") + "nonsense\r\n",
+        request("POST /v1/enable", "content-length: 99999999999\r\n") + &long,
+        request("POST /v1/enable", "transfer-encoding: chunked\r\n") + "nonsense\r\n",
     ];
     for request in requests {
         let answer = send(&sandbox.path("run/agent.sock"), request.as_bytes());
@@ -61,6 +67,10 @@ fn malformed_requests_are_answered_and_survived(sandbox: &Sandbox) {
         );
         assert!(agent.status().services.is_empty(), "after {start:?}");
     }
+}
+
+fn body(json: &str) -> String {
+    request("POST /v1/enable", &format!("content-length: {}\r\n", json.len())) + json
 }
 
 fn request(line: &str, fields: &str) -> String {

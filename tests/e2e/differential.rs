@@ -33,7 +33,7 @@ fn the_kernel_decides_as_policies_are_defined(sandbox: &Sandbox) {
     let settings: String = services.iter().map(|name| random.service(sandbox, name)).collect();
     let agent = Agent::start(sandbox, &settings);
     let _proxy = Proxy::start(sandbox);
-    services.iter().for_each(|name| agent.enable(name));
+    agent.enable_all(&services);
 
     let mut decisions = 0;
     for name in &services {

@@ -43,6 +43,7 @@ mod configuration;
 mod control;
 mod daemon;
 mod differential;
+mod enable;
 mod exec;
 mod families;
 mod harness;

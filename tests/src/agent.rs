@@ -48,6 +48,8 @@ pub struct Counters {
     pub refused: u64,
     /// Went wrong.
     pub errors: u64,
+    /// Would have gone to the proxy, were the service not only observed.
+    pub observed: u64,
 }
 
 impl<'s> Agent<'s> {
@@ -115,6 +117,13 @@ services:
     #[track_caller]
     pub fn enable(&self, service: &str) {
         Self::command(self.sandbox, &["enable", service]).ok();
+    }
+
+    /// `enable SERVICE…`
+    #[track_caller]
+    pub fn enable_all(&self, services: &[String]) {
+        let services = services.iter().map(String::as_str);
+        Self::command(self.sandbox, &["enable"].into_iter().chain(services).collect::<Vec<_>>()).ok();
     }
 
     /// `disable SERVICE`

@@ -173,3 +173,25 @@ impl Ebpf {
         maps.prune(&ids)
     }
 }
+
+/// Links and map entries of what is desired.
+pub(super) fn describe(desired: &Desired) -> String {
+    let links = |cgroup: &Cgroup, programs: &[Program]| -> String {
+        programs.iter().map(|program| format!("link {} {cgroup}\n", program.name)).collect()
+    };
+    if desired.services.is_empty() {
+        return String::new();
+    }
+    let proxy: String = desired.proxy.iter().map(|cgroup| links(cgroup, &programs::PROXY)).collect();
+    let service = |service: &Service| {
+        let Service { id, name, failure, observe, proxy_port, .. } = service;
+        let phase = if *observe { "observe" } else { "enforce" };
+        let entry = format!(
+            "map MR_SERVICES {id}: {name}, failure {failure}, phase {phase}, proxy port {proxy_port}\n"
+        );
+        let rules = service.entries.iter().map(|entry| format!("map MR_RULES {id}: {entry}\n"));
+        let links = service.scopes.iter().map(|cgroup| links(cgroup, &programs::SERVICE));
+        [entry].into_iter().chain(rules).chain(links).collect::<String>()
+    };
+    [proxy].into_iter().chain(desired.services.iter().map(service)).collect()
+}

@@ -66,13 +66,12 @@ impl Nftables {
     pub(crate) fn apply(&self, desired: &Desired) -> Result<(), Error> {
         let kernel = Kernel::open()?;
         let found = kernel.fingerprint()?;
-        let ruleset = if !desired.services.is_empty() {
-            Ruleset::new(desired, &self.cgroup_root)
-        } else if found.is_some() && sockets::are_connected(self.proxy_port).map_err(Error::Socket)? {
-            Ruleset::lingering()
-        } else {
+        let is_needed = !desired.services.is_empty()
+            || found.is_some() && sockets::are_connected(self.proxy_port).map_err(Error::Socket)?;
+        if !is_needed {
             return self.remove();
-        };
+        }
+        let ruleset = Ruleset::new(desired, &self.cgroup_root);
         if found == Some(ruleset.fingerprint()) {
             return Ok(());
         }
@@ -103,6 +102,14 @@ impl Nftables {
         kernel.commit(message::keep_alive(&which(true), &which(false), ALIVE))
     }
 
+    /// The table, in nft's words.
+    pub(crate) fn describe(&self, desired: &Desired) -> String {
+        if desired.services.is_empty() {
+            return String::new();
+        }
+        Ruleset::new(desired, &self.cgroup_root).without_fingerprint().to_string()
+    }
+
     /// What the kernel says is there.
     pub(crate) fn status(&self, desired: &Desired) -> Result<Status, Error> {
         let kernel = Kernel::open()?;
@@ -122,9 +129,9 @@ impl Nftables {
 }
 
 fn counters_of(counters: &BTreeMap<String, u64>, id: u32) -> Counters {
-    let [steered, passed_by_rule, passed_proxy_absent, refused] =
+    let [steered, passed_by_rule, passed_proxy_absent, refused, observed] =
         COUNTERS.map(|what| counters.get(&counter(what, id)).copied().unwrap_or_default());
-    Counters { steered, passed_by_rule, passed_proxy_absent, refused, errors: 0 }
+    Counters { steered, passed_by_rule, passed_proxy_absent, refused, errors: 0, observed }
 }
 
 /// Whether the kernel would take the rules of a service that is a cgroup. Nothing is changed.
@@ -133,6 +140,7 @@ pub(crate) fn try_rules(cgroup_root: &Path) -> Result<(), Error> {
         id: 1,
         name: String::new(),
         failure: Failure::Closed,
+        observe: false,
         proxy_port: 1,
         entries: rules::everything(),
         scopes: vec![Cgroup { dir: cgroup_root.join("any"), id: 1 }],

@@ -16,14 +16,43 @@ pub(crate) fn is_running() -> bool {
     Path::new("/run/systemd/system").is_dir()
 }
 
-/// Whether a unit of this name exists.
-pub(super) fn is_loaded(unit: &str) -> bool {
-    show(unit, "LoadState").is_some_and(|state| state == "loaded")
+/// What systemd knows of a unit.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub(super) struct Unit {
+    /// Whether there is one of this name.
+    pub(super) is_loaded: bool,
+    /// Where it runs, below the cgroup2 mount; none where it does not run.
+    pub(super) control_group: Option<String>,
 }
 
-/// The cgroup of a unit that runs, below the cgroup2 mount.
-pub(super) fn control_group(unit: &str) -> Option<String> {
-    show(unit, "ControlGroup").filter(|path| !path.is_empty() && path != "/")
+/// Units in one call; in a call for each, a thousand of them would take ten seconds.
+const AT_ONCE: usize = 500;
+
+/// What systemd knows of these units, in the same order.
+pub(super) fn show<'u>(units: &[&'u str]) -> Vec<(&'u str, Unit)> {
+    if !is_running() {
+        return units.iter().map(|&unit| (unit, Unit::default())).collect();
+    }
+    let shown = |units: &[&'u str]| {
+        let options = ["show", "--property=LoadState,ControlGroup", "--"];
+        let text = systemctl(&[&options[..], units].concat()).unwrap_or_default();
+        let found = parse(&text).into_iter().chain(std::iter::repeat(Unit::default()));
+        units.iter().copied().zip(found).collect::<Vec<_>>()
+    };
+    units.chunks(AT_ONCE).flat_map(shown).collect()
+}
+
+/// Blocks of `NAME=VALUE`, an empty line between two.
+fn parse(text: &str) -> Vec<Unit> {
+    let value = |block: &str, name: &str| {
+        let found = block.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix('='));
+        found.map(str::to_owned).filter(|value| !value.is_empty())
+    };
+    let unit = |block: &str| Unit {
+        is_loaded: value(block, "LoadState").is_some_and(|state| state == "loaded"),
+        control_group: value(block, "ControlGroup").filter(|path| path != "/"),
+    };
+    text.trim_end().split("\n\n").map(unit).collect()
 }
 
 /// Names of all service units.
@@ -33,24 +62,39 @@ pub(super) fn units() -> Vec<String> {
     names.lines().filter_map(|line| line.split_whitespace().next()).map(str::to_owned).collect()
 }
 
-/// Makes a unit attach its cgroup before its first process starts, at each start: systemd makes a new cgroup then, and
-/// with the old one our links went. `required`: the unit must not start unsteered.
-pub(crate) fn write_drop_in(
-    unit: &str,
-    service: &str,
-    config: Option<&Path>,
-    required: bool,
-) -> io::Result<()> {
-    let text = drop_in(&std::env::current_exe()?, service, config, required);
-    let path = drop_in_path(unit);
-    if fs::read_to_string(&path).is_ok_and(|present| present == text) {
-        return Ok(());
+/// A step of ours before a unit's first process starts: systemd makes a new cgroup at each start, and with the old one
+/// our links went.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct DropIn {
+    pub(crate) unit: String,
+    pub(crate) service: String,
+    /// Whether the unit must not start unsteered.
+    pub(crate) required: bool,
+}
+
+impl DropIn {
+    /// The file's path and content, for a configuration that is not the default one.
+    pub(crate) fn file(&self, config: Option<&Path>) -> io::Result<(PathBuf, String)> {
+        let text = drop_in(&std::env::current_exe()?, &self.service, config, self.required);
+        Ok((drop_in_path(&self.unit), text))
     }
-    fs::create_dir_all(path.with_file_name(""))?;
-    let next = path.with_extension("next");
-    fs::write(&next, text)?;
-    fs::rename(&next, &path)?;
-    reload()
+}
+
+/// Writes those that are not there, and tells systemd once.
+pub(crate) fn write_drop_ins(drop_ins: &[DropIn], config: Option<&Path>) -> io::Result<()> {
+    let mut written = false;
+    for drop_in in drop_ins {
+        let (path, text) = drop_in.file(config)?;
+        if fs::read_to_string(&path).is_ok_and(|present| present == text) {
+            continue;
+        }
+        fs::create_dir_all(path.with_file_name(""))?;
+        let next = path.with_extension("next");
+        fs::write(&next, text)?;
+        fs::rename(&next, &path)?;
+        written = true;
+    }
+    if written { reload() } else { Ok(()) }
 }
 
 fn drop_in(program: &Path, service: &str, config: Option<&Path>, required: bool) -> String {
@@ -70,9 +114,13 @@ fn quoted(path: &Path) -> String {
     format!("\"{}\"", text.replace('\\', "\\\\").replace('"', "\\\"").replace('%', "%%").replace('$', "$$"))
 }
 
-/// Removes the step from a unit.
-pub(crate) fn remove_drop_in(unit: &str) -> io::Result<()> {
-    if remove(&drop_in_path(unit))? { reload() } else { Ok(()) }
+/// Removes the step from units, and tells systemd once.
+pub(crate) fn remove_drop_ins<'u>(units: impl IntoIterator<Item = &'u str>) -> io::Result<()> {
+    let mut removed = false;
+    for unit in units {
+        removed |= remove(&drop_in_path(unit))?;
+    }
+    if removed { reload() } else { Ok(()) }
 }
 
 /// Removes the step from every unit, whatever wrote it.
@@ -105,14 +153,6 @@ fn reload() -> io::Result<()> {
     if is_running() { systemctl(&["daemon-reload"]).map(drop) } else { Ok(()) }
 }
 
-fn show(unit: &str, property: &str) -> Option<String> {
-    if !is_running() {
-        return None;
-    }
-    let value = systemctl(&["show", "--property", property, "--value", "--", unit]).ok()?;
-    Some(value.trim().to_owned())
-}
-
 fn systemctl(arguments: &[&str]) -> io::Result<String> {
     let output =
         Command::new("systemctl").args(arguments).stdin(Stdio::null()).stderr(Stdio::piped()).output()?;
@@ -126,6 +166,14 @@ fn systemctl(arguments: &[&str]) -> io::Result<String> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn each_block_is_a_unit_in_the_order_of_the_question() {
+        let text = "LoadState=loaded\nControlGroup=/system.slice/a.service\n\nLoadState=not-found\nControlGroup=\n\nControlGroup=/\nLoadState=loaded\n";
+        let unit = |is_loaded, path: Option<&str>| Unit { is_loaded, control_group: path.map(str::to_owned) };
+        let expected = [unit(true, Some("/system.slice/a.service")), unit(false, None), unit(true, None)];
+        assert_eq!(parse(text), expected);
+    }
 
     #[test]
     fn the_drop_in_attaches_before_the_first_process_and_is_optional_unless_required() {

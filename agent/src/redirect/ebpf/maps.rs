@@ -8,7 +8,8 @@
 use super::{Cgroup, Error, Service, pins::Pins};
 use crate::{config::Failure, rules};
 use agent_ebpf::{
-    Counters, FAILURE_CLOSED, FAILURE_OPEN, MAX_RULES, MAX_SERVICES, NAME_LEN, RuleKey, Rules, maps,
+    Counters, FAILURE_CLOSED, FAILURE_OPEN, MAX_RULES, MAX_SERVICES, NAME_LEN, PHASE_ENFORCE, PHASE_OBSERVE,
+    RuleKey, Rules, maps,
     programs::{BPF_CGROUP_INET4_CONNECT, BPF_CGROUP_INET6_CONNECT},
 };
 use aya::maps::{
@@ -56,6 +57,7 @@ impl Maps {
             passed_proxy_absent: sum.passed_proxy_absent + one.passed_proxy_absent,
             refused: sum.refused + one.refused,
             errors: sum.errors + one.errors,
+            observed: sum.observed + one.observed,
         }))
     }
 
@@ -73,6 +75,7 @@ impl Maps {
                 Failure::Open => FAILURE_OPEN,
                 Failure::Closed => FAILURE_CLOSED,
             },
+            phase: if service.observe { PHASE_OBSERVE } else { PHASE_ENFORCE },
             proxy_port: service.proxy_port,
             name: padded(&service.name),
         };

@@ -104,7 +104,10 @@ pub(super) fn counter(what: &str, service: u32) -> String {
 impl Ruleset {
     /// Of everything that is desired, below a cgroup2 mount.
     pub(super) fn new(desired: &Desired, cgroup_root: &Path) -> Self {
-        let mut ruleset = Self { counters: Vec::new(), sets: Vec::new(), chains: Vec::new() };
+        // Never reached. The kernel translates, and so asks any of this, only while there is a rule that could.
+        let translate = Rule::from(vec![Statement::Tcp, Statement::Redirect(1)]);
+        let chains = vec![Chain { name: "translation".to_owned(), rules: vec![translate] }];
+        let mut ruleset = Self { counters: Vec::new(), sets: Vec::new(), chains };
         let mut policies: Vec<Vec<Range>> = Vec::new();
         for service in &desired.services {
             let ranges = rules::ranges(&service.entries);
@@ -118,15 +121,6 @@ impl Ruleset {
         }
         let dispatch = ruleset.add_scopes(desired, cgroup_root);
         ruleset.add_output(dispatch);
-        ruleset
-    }
-
-    /// Of nothing, which still translates the connections that are open: the kernel does so only while a rule could.
-    pub(super) fn lingering() -> Self {
-        let never_reached = Rule::from(vec![Statement::Tcp, Statement::Redirect(1)]);
-        let chain = Chain { name: "lingering".to_owned(), rules: vec![never_reached] };
-        let mut ruleset = Self { counters: Vec::new(), sets: Vec::new(), chains: vec![chain] };
-        ruleset.add_output(Vec::new());
         ruleset
     }
 
@@ -148,7 +142,11 @@ impl Ruleset {
             Failure::Closed => vec![Statement::Tcp, count("refused"), Statement::Reject],
         };
         let redirect = Statement::Redirect(service.proxy_port);
-        let steering = [vec![Statement::Alive, Statement::Tcp, count("steered"), redirect], without_proxy];
+        let steering = if service.observe {
+            vec![vec![count("observed"), Statement::Return]]
+        } else {
+            vec![vec![Statement::Alive, Statement::Tcp, count("steered"), redirect], without_proxy]
+        };
         let families = [Family::V4, Family::V6].into_iter();
         let families = families.filter(|family| ranges.iter().any(|range| family.is_of(range)));
         let to_proxy =
@@ -161,7 +159,7 @@ impl Ruleset {
         for what in COUNTERS {
             self.counters.push(counter(what, id));
         }
-        self.chains.push(Chain { name: steer, rules: steering.map(Rule::from).into() });
+        self.chains.push(Chain { name: steer, rules: steering.into_iter().map(Rule::from).collect() });
         self.chains.push(Chain { name: service_chain(service), rules });
     }
 
@@ -203,6 +201,15 @@ impl Ruleset {
         }
     }
 
+    /// Without the rule's comment that differs with everything.
+    pub(super) fn without_fingerprint(mut self) -> Self {
+        let first = self.chains.last_mut().and_then(|chain| chain.rules.first_mut());
+        if let Some(first) = first {
+            first.comment = None;
+        }
+        self
+    }
+
     /// Differs where anything else does.
     pub(super) fn fingerprint(&self) -> String {
         let mut hasher = DefaultHasher::new();
@@ -222,7 +229,8 @@ impl Ruleset {
 }
 
 /// What is counted of each service.
-pub(super) const COUNTERS: [&str; 4] = ["steered", "passed_by_rule", "passed_proxy_absent", "refused"];
+pub(super) const COUNTERS: [&str; 5] =
+    ["steered", "passed_by_rule", "passed_proxy_absent", "refused", "observed"];
 
 fn policy_set(policy: usize, family: Family) -> String {
     format!("policy_{policy}_{}", family.name())
@@ -278,8 +286,9 @@ impl fmt::Display for Set {
                 ("map", "type uid : verdict".to_owned(), elements.collect())
             }
         };
-        let elements = elements.join(", ");
-        writeln!(f, "\t{kind} {} {{\n\t\t{key}\n\t\telements = {{ {elements} }}\n\t}}", self.name)
+        writeln!(f, "\t{kind} {} {{\n\t\t{key}\n\t\telements = {{", self.name)?;
+        elements.iter().try_for_each(|element| writeln!(f, "\t\t\t{element},"))?;
+        writeln!(f, "\t\t}}\n\t}}")
     }
 }
 
