@@ -147,7 +147,7 @@ fn attach(config: &Config, attach: &Attach) -> anyhow::Result<()> {
     let Some(entry) = state.get(name) else {
         bail!("service `{name}` is not enabled; `mesh-redirect enable {name}` does it");
     };
-    let mut service = plan::service(config, name, entry)?;
+    let mut service = plan::service(config, name, entry, &mut plan::Compiled::default())?;
     service.scopes.push(cgroup);
     redirect.attach_service(&service)?;
     Ok(())

@@ -10,6 +10,7 @@ use std::{
     fmt, fs, io,
     net::{Ipv4Addr, SocketAddr},
     path::{Path, PathBuf},
+    sync::Arc,
 };
 
 pub(crate) use raw::{Failure, Ports};
@@ -93,8 +94,9 @@ pub(crate) struct Service {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct Policy {
     pub(crate) failure: Failure,
-    pub(crate) include: Vec<Capture>,
-    pub(crate) exclude: Vec<Capture>,
+    /// Shared by services that inherit it.
+    pub(crate) include: Arc<[Capture]>,
+    pub(crate) exclude: Arc<[Capture]>,
 }
 
 /// A set of destinations.
@@ -206,8 +208,8 @@ impl RawConfig {
     fn validate(self) -> Result<Config, Fault> {
         let defaults = Policy {
             failure: self.failure.unwrap_or(Failure::Open),
-            include: self.capture.include.unwrap_or_else(anything),
-            exclude: self.capture.exclude.unwrap_or_default(),
+            include: self.capture.include.map_or_else(anything, Into::into),
+            exclude: self.capture.exclude.unwrap_or_default().into(),
         };
         let paths = Paths {
             run: absolute(self.paths.run, "/run/mesh-redirect")?,
@@ -240,15 +242,15 @@ fn service(raw: RawService, defaults: &Policy) -> Result<Service, Fault> {
     let RawCapture { include, exclude } = raw.capture;
     let policy = Policy {
         failure: raw.failure.unwrap_or(defaults.failure),
-        include: include.unwrap_or_else(|| defaults.include.clone()),
-        exclude: exclude.unwrap_or_else(|| defaults.exclude.clone()),
+        include: include.map_or_else(|| Arc::clone(&defaults.include), Into::into),
+        exclude: exclude.map_or_else(|| Arc::clone(&defaults.exclude), Into::into),
     };
     Ok(Service { scope: scope(raw.unit, raw.cgroup)?, policy })
 }
 
 /// Steered unless something says otherwise.
-fn anything() -> Vec<Capture> {
-    vec![Capture { cidr: None, ports: Vec::new() }]
+fn anything() -> Arc<[Capture]> {
+    [Capture { cidr: None, ports: Vec::new() }].into()
 }
 
 fn scope(unit: Option<Spanned<String>>, cgroup: Option<Spanned<String>>) -> Result<Option<Scope>, Fault> {

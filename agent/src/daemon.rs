@@ -88,6 +88,7 @@ pub(crate) struct Daemon {
     state: State,
     file: StateFile,
     workloads: Workloads,
+    compiled: plan::Compiled,
     mode: Mode,
     redirect: Redirect,
     /// What was last heard of the proxy.
@@ -119,6 +120,7 @@ impl Daemon {
             config_file,
             file,
             workloads,
+            compiled: plan::Compiled::default(),
             commands: 0,
         };
         daemon.reconcile()?;
@@ -232,7 +234,7 @@ impl Daemon {
 
     /// Everything that a state makes of kernel and host.
     fn described(&mut self, state: &State) -> Result<String, Error> {
-        let desired = plan::everything(&self.config, state, &mut self.workloads)?;
+        let desired = plan::everything(&self.config, state, &mut self.workloads, &mut self.compiled)?;
         let mut text = self.redirect.describe(&desired);
         for (name, _) in state.iter().filter(|(_, entry)| entry.enabled) {
             let Some(drop_in) = self.drop_in(name, &Workloads::scope(&self.config, name)) else { continue };
@@ -298,7 +300,7 @@ impl Daemon {
     }
 
     fn status(&mut self) -> Result<api::Status, Error> {
-        let desired = plan::everything(&self.config, &self.state, &mut self.workloads)?;
+        let desired = plan::everything(&self.config, &self.state, &mut self.workloads, &mut self.compiled)?;
         let kernel = self.redirect.status(&desired)?;
         let proxy = api::Proxy {
             port: self.config.proxy.port,
@@ -345,7 +347,8 @@ impl Daemon {
     }
 
     fn apply(&mut self, state: &State) -> Result<(), Error> {
-        let desired: Desired = plan::everything(&self.config, state, &mut self.workloads)?;
+        let desired: Desired =
+            plan::everything(&self.config, state, &mut self.workloads, &mut self.compiled)?;
         let _held = lock::kernel(&self.config.paths.run)?;
         Ok(self.redirect.apply(&desired)?)
     }

@@ -1,12 +1,13 @@
 //! From what is configured and enabled to what the kernel shall do.
 
 use crate::{
-    config::{Config, Scope},
+    config::{Config, Policy, Scope},
     redirect::{Desired, Service},
     rules::{self, TooManyRanges},
     state::{Entry, State},
     workload::Workloads,
 };
+use std::sync::Arc;
 
 /// A service whose policy cannot be had.
 #[derive(Debug, thiserror::Error)]
@@ -16,19 +17,35 @@ pub(crate) struct PlanError {
     cause: TooManyRanges,
 }
 
+/// Policies that were compiled already. The configuration stays the same as long as a process.
+#[derive(Debug, Default)]
+pub(crate) struct Compiled(Vec<(Policy, Arc<[rules::Entry]>)>);
+
+impl Compiled {
+    fn get(&mut self, policy: &Policy) -> Result<Arc<[rules::Entry]>, TooManyRanges> {
+        if let Some((_, entries)) = self.0.iter().find(|(known, _)| known == policy) {
+            return Ok(Arc::clone(entries));
+        }
+        let entries: Arc<[rules::Entry]> = rules::compile(policy)?.into();
+        self.0.push((policy.clone(), Arc::clone(&entries)));
+        Ok(entries)
+    }
+}
+
 /// Everything that is enabled, where it is now.
 pub(crate) fn everything(
     config: &Config,
     state: &State,
     workloads: &mut Workloads,
+    compiled: &mut Compiled,
 ) -> Result<Desired, PlanError> {
     let mut services = Vec::new();
     let scopes: Vec<Scope> = state.iter().map(|(name, _)| Workloads::scope(config, name)).collect();
     workloads.look_up(scopes.iter().filter_map(Scope::unit));
-    for (name, entry) in state.iter() {
-        let mut service = service(config, name, entry)?;
+    for ((name, entry), scope) in state.iter().zip(&scopes) {
+        let mut service = service(config, name, entry, compiled)?;
         if entry.enabled {
-            service.scopes.extend(workloads.cgroup(&Workloads::scope(config, name)));
+            service.scopes.extend(workloads.cgroup(scope));
         }
         let commands = entry.commands.iter().map(|path| Scope::Cgroup(path.clone()));
         service.scopes.extend(commands.filter_map(|scope| workloads.cgroup(&scope)));
@@ -38,9 +55,14 @@ pub(crate) fn everything(
 }
 
 /// One service, without its cgroups.
-pub(crate) fn service(config: &Config, name: &str, entry: &Entry) -> Result<Service, PlanError> {
+pub(crate) fn service(
+    config: &Config,
+    name: &str,
+    entry: &Entry,
+    compiled: &mut Compiled,
+) -> Result<Service, PlanError> {
     let policy = config.policy(name);
-    let entries = rules::compile(policy).map_err(|cause| PlanError { service: name.to_owned(), cause })?;
+    let entries = compiled.get(policy).map_err(|cause| PlanError { service: name.to_owned(), cause })?;
     Ok(Service {
         id: entry.id,
         name: name.to_owned(),

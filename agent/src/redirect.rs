@@ -16,6 +16,7 @@ use std::{
     fmt, fs, io,
     os::unix::fs::MetadataExt as _,
     path::{Path, PathBuf},
+    sync::Arc,
 };
 
 /// A way of steering, over what it keeps in the kernel.
@@ -106,7 +107,8 @@ pub(crate) struct Service {
     /// Whether what would be steered is only counted.
     pub(crate) observe: bool,
     pub(crate) proxy_port: u16,
-    pub(crate) entries: Vec<Entry>,
+    /// Shared by services of the same policy.
+    pub(crate) entries: Arc<[Entry]>,
     /// Where its processes are now; none for a unit that does not run.
     pub(crate) scopes: Vec<Cgroup>,
     /// Whose processes are its processes, whatever cgroup they are in.

@@ -120,7 +120,7 @@ pub(crate) fn compile(policy: &Policy) -> Result<Vec<Entry>, TooManyRanges> {
 /// A compiled policy that steers all there is.
 pub(crate) fn everything() -> Vec<Entry> {
     let any = Capture { cidr: None, ports: Vec::new() };
-    let policy = Policy { failure: Failure::Open, include: vec![any], exclude: Vec::new() };
+    let policy = Policy { failure: Failure::Open, include: [any].into(), exclude: [].into() };
     compile(&policy).unwrap_or_default()
 }
 

@@ -126,6 +126,13 @@ services:
         Self::command(self.sandbox, &["enable"].into_iter().chain(services).collect::<Vec<_>>()).ok();
     }
 
+    /// `disable SERVICE…`
+    #[track_caller]
+    pub fn disable_all(&self, services: &[String]) {
+        let services = services.iter().map(String::as_str);
+        Self::command(self.sandbox, &["disable"].into_iter().chain(services).collect::<Vec<_>>()).ok();
+    }
+
     /// `disable SERVICE`
     #[track_caller]
     pub fn disable(&self, service: &str) {

@@ -40,7 +40,10 @@ impl<'s> Proxy<'s> {
     pub fn start(sandbox: &'s Sandbox) -> Self {
         let (program, config) = (sandbox.path("mesh-proxy"), sandbox.path("proxy.yaml"));
         if !program.exists() {
-            fs::copy(host::binary("mesh-proxy"), &program).expect("copy mesh-proxy");
+            // By a process of its own: were it open for writing here, what is just being spawned would have it open too,
+            // and a program that is open for writing cannot be started.
+            let from = host::binary("mesh-proxy");
+            host::tool("cp", &[&from.to_string_lossy(), &program.to_string_lossy()]);
         }
         fs::write(&config, CONFIG).expect("write proxy.yaml");
         let process = sandbox

@@ -44,6 +44,9 @@ pub enum Place {
 }
 
 impl Mode {
+    /// Every one.
+    pub const ALL: [Self; 2] = [Self::Ebpf, Self::Nftables];
+
     /// As agent.yaml writes it.
     pub fn name(self) -> &'static str {
         match self {

@@ -1,5 +1,7 @@
 //! Servers on the other end of the wire.
 
+use std::fs;
+
 use crate::process::Process;
 use crate::sandbox::{Place, Sandbox};
 
@@ -42,8 +44,12 @@ impl Upstream {
 
     #[track_caller]
     fn start(sandbox: &Sandbox, place: Place, name: &str, args: &[&str]) -> Self {
-        let mut process = sandbox.peer(place).args(args).serve(sandbox.path(&format!("{name}.log")));
-        process.wait_until(|process| process.log().lines().any(|line| line == "listening"));
+        let log = sandbox.path(&format!("{name}.log"));
+        // One of the same name may have said it before.
+        let listening = |log: &str| log.lines().filter(|line| *line == "listening").count();
+        let before = listening(&fs::read_to_string(&log).unwrap_or_default());
+        let mut process = sandbox.peer(place).args(args).serve(log);
+        process.wait_until(|process| listening(&process.log()) > before);
         Self { process }
     }
 

@@ -1,6 +1,7 @@
 //! Measurements. Each prints a table, and with `--json FILE` writes its rows.
 
 mod connect;
+mod enable;
 mod report;
 
 use crate::{
@@ -16,6 +17,8 @@ use std::{fs::File, path::PathBuf};
 pub(crate) enum Bench {
     /// What connect() costs: plain, with a hook that passes, with a hook that steers
     Connect(connect::Connect),
+    /// How long `enable` takes, of one service and of a thousand
+    Enable(enable::Enable),
 }
 
 /// What every bench takes.
@@ -29,11 +32,16 @@ struct Output {
 /// Sets up, builds, measures and reports. A file that cannot be written is found before anything is measured.
 pub(crate) fn run(bench: &Bench) -> anyhow::Result<()> {
     build::require_root("`cargo xtask bench`")?;
-    let Bench::Connect(connect) = bench;
-    let json = connect.output.create()?;
+    let json = match bench {
+        Bench::Connect(connect) => connect.output.create()?,
+        Bench::Enable(enable) => enable.output.create()?,
+    };
     step("set-up", || setup::ensure(setup::For::Demo))?;
     tests::use_binaries(step("build", build::everything)?);
-    let report = connect.measure();
+    let report = match bench {
+        Bench::Connect(connect) => connect.measure(),
+        Bench::Enable(enable) => enable.measure(),
+    };
     print!("\n{report}");
     json.map_or(Ok(()), |file| report.write(file))
 }

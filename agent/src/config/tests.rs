@@ -14,7 +14,7 @@ fn nothing_written_means_the_defaults() {
     let admin = "127.0.0.1:15000".parse().unwrap();
     let proxy = Proxy { port: 15001, admin, scope: Scope::Unit("mesh-proxy.service".into()) };
     assert_eq!((config.mode, config.proxy), (Wanted::Auto, proxy));
-    assert_eq!(config.defaults, Policy { failure: Failure::Open, include: anything(), exclude: vec![] });
+    assert_eq!(config.defaults, Policy { failure: Failure::Open, include: anything(), exclude: [].into() });
     assert_eq!(config.paths.pins, Path::new("/sys/fs/bpf/mesh-redirect"));
 }
 
@@ -45,7 +45,7 @@ fn captures_are_blocks_ports_or_both() {
         },
         Capture { cidr: None, ports: vec![Ports { first: 5432, last: 5432 }] },
     ];
-    assert_eq!(config.defaults.include, expected);
+    assert_eq!(config.defaults.include[..], expected);
 }
 
 /// What is written, where the message points, and what it has to say.

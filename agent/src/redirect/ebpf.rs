@@ -1,47 +1,55 @@
 //! Steering with eBPF connect hooks. Linux 5.10.
 //!
 //! All state is in the kernel, pinned: whoever comes next, a restarted daemon or a command without one, goes on from
-//! there. Nothing here remembers what it did but for a cache of the policies it wrote.
+//! there. What is remembered here only spares work.
 
 mod error;
 mod maps;
 mod object;
 mod pins;
+mod written;
 
 pub(crate) use object::try_load;
 
 pub(crate) use error::Error;
 use maps::Maps;
+use object::Loader;
 use pins::{Owner, Pins};
+use written::Written;
 
 use super::{Cgroup, Desired, Service, ServiceStatus, Status};
+use crate::sockets;
 use agent_ebpf::programs::{self, Program};
-use std::{
-    collections::{BTreeSet, HashMap},
-    os::fd::AsFd as _,
-    path::PathBuf,
-    thread,
-    time::Duration,
-};
+use nix::time::{ClockId, clock_gettime};
+use std::{collections::BTreeSet, os::fd::AsFd as _, path::PathBuf, time::Duration};
 
-/// A proxy that was there before the hooks is known to them from its next heartbeat on. Services are steered after
-/// that, so that none sees a moment in which the proxy counts as absent.
-const TWO_HEARTBEATS: Duration = Duration::from_millis(500);
+/// A proxy that was there before the hooks is known to them from its next heartbeat on, which comes every 250 ms.
+/// Until then the agent vouches for it, so that no service sees a moment in which it counts as absent.
+const FOUR_HEARTBEATS: Duration = Duration::from_secs(1);
 
 /// The mode, over its pins.
 #[derive(Debug)]
 pub(crate) struct Ebpf {
     pins: Pins,
-    /// What was written last for each service, so that an `apply` that changes nothing writes nothing.
-    written: HashMap<u32, Service>,
+    /// For the first service, so that it does not have to wait.
+    loader: Option<Loader>,
     /// Whether the programs that are pinned are those of this binary.
     loaded: bool,
+    /// What this process wrote and attached, so that an `apply` does no more than what changed.
+    written: Written,
+    attached: BTreeSet<pins::Scope>,
 }
 
 impl Ebpf {
     /// Over the pins at a directory on a BPF file system, which need not exist yet.
     pub(crate) fn new(pins: PathBuf) -> Self {
-        Self { pins: Pins::new(pins), written: HashMap::new(), loaded: false }
+        Self {
+            pins: Pins::new(pins),
+            loader: None,
+            loaded: false,
+            written: Written::default(),
+            attached: BTreeSet::new(),
+        }
     }
 
     /// Makes the kernel steer what is desired and nothing else.
@@ -50,29 +58,40 @@ impl Ebpf {
     /// errors.
     pub(crate) fn apply(&mut self, desired: &Desired) -> Result<(), Error> {
         if desired.services.is_empty() {
+            self.loader.get_or_insert_with(object::loader);
             return self.remove();
         }
         if !self.loaded {
-            object::load(&self.pins)?;
+            object::load(&self.pins, self.loader.take().unwrap_or_else(object::loader))?;
             self.loaded = true;
         }
+        let present: BTreeSet<pins::Scope> = self.pins.scopes()?.into_iter().collect();
+        self.attached.retain(|scope| present.contains(scope));
+        let mut maps = Maps::open(&self.pins)?;
         if let Some(cgroup) = &desired.proxy {
             let anew = self.attach(Owner::Proxy, cgroup, &programs::PROXY)?;
-            if anew && cgroup.is_populated() {
-                thread::sleep(TWO_HEARTBEATS);
+            let port = desired.services.first().map_or(0, |service| service.proxy_port);
+            if anew && only_listens(cgroup, port) {
+                maps.vouch(now() + FOUR_HEARTBEATS)?;
             }
         }
-        let mut maps = Maps::open(&self.pins)?;
         for service in &desired.services {
-            self.steer(&mut maps, service)?;
+            self.written.write(&mut maps, service)?;
+            self.attach_all(&mut maps, service)?;
         }
-        self.prune(&mut maps, desired)
+        self.detach_others(desired)?;
+        self.written.prune(&mut maps, desired)
     }
 
     /// Makes the kernel steer one service, whatever else it steers; for a unit that is about to start.
     pub(crate) fn attach_service(&mut self, service: &Service) -> Result<(), Error> {
         object::load_if_absent(&self.pins)?;
-        self.steer(&mut Maps::open(&self.pins)?, service)
+        let mut maps = Maps::open(&self.pins)?;
+        // What a daemon wrote is left as it is.
+        if !maps.has_service(service)? {
+            self.written.write(&mut maps, service)?;
+        }
+        self.attach_all(&mut maps, service)
     }
 
     /// Makes a cgroup the proxy's; for a proxy that is about to start.
@@ -83,7 +102,8 @@ impl Ebpf {
 
     /// Removes everything of ours, of this version. Connections that were steered live on.
     pub(crate) fn remove(&mut self) -> Result<(), Error> {
-        self.written.clear();
+        self.written = Written::default();
+        self.attached.clear();
         self.loaded = false;
         for scope in self.pins.scopes()? {
             self.pins.remove_scope(scope)?;
@@ -114,15 +134,15 @@ impl Ebpf {
         Ok(status)
     }
 
-    fn steer(&mut self, maps: &mut Maps, service: &Service) -> Result<(), Error> {
-        let policy = Service { scopes: Vec::new(), ..service.clone() };
-        if self.written.get(&service.id) != Some(&policy) {
-            maps.write(&policy)?;
-            self.written.insert(service.id, policy);
-        }
+    fn attach_all(&mut self, maps: &mut Maps, service: &Service) -> Result<(), Error> {
         for cgroup in &service.scopes {
-            match self.attach(Owner::Service(service.id), cgroup, &programs::SERVICE) {
-                Ok(_) => maps.set_scope(cgroup, service.id)?,
+            let scope = pins::Scope { owner: Owner::Service(service.id), cgroup: cgroup.id };
+            if self.attached.contains(&scope) {
+                continue;
+            }
+            let attached = self.attach(scope.owner, cgroup, &programs::SERVICE);
+            match attached.and_then(|_| maps.set_scope(cgroup, service.id)) {
+                Ok(()) => _ = self.attached.insert(scope),
                 Err(Error::Gone { .. }) => {}
                 Err(error) => return Err(error),
             }
@@ -152,13 +172,11 @@ impl Ebpf {
         Ok(anew)
     }
 
-    /// Removes what is no longer desired.
-    fn prune(&mut self, maps: &mut Maps, desired: &Desired) -> Result<(), Error> {
+    /// Detaches from what is no longer desired.
+    fn detach_others(&mut self, desired: &Desired) -> Result<(), Error> {
         let service_scopes = desired.services.iter().flat_map(|service| {
-            service
-                .scopes
-                .iter()
-                .map(|cgroup| pins::Scope { owner: Owner::Service(service.id), cgroup: cgroup.id })
+            let owner = Owner::Service(service.id);
+            service.scopes.iter().map(move |cgroup| pins::Scope { owner, cgroup: cgroup.id })
         });
         let proxy_scope =
             desired.proxy.iter().map(|cgroup| pins::Scope { owner: Owner::Proxy, cgroup: cgroup.id });
@@ -168,10 +186,19 @@ impl Ebpf {
                 self.pins.remove_scope(scope)?;
             }
         }
-        let ids: BTreeSet<u32> = desired.services.iter().map(|service| service.id).collect();
-        self.written.retain(|id, _| ids.contains(id));
-        maps.prune(&ids)
+        Ok(())
     }
+}
+
+/// Whether every socket that listens on a port was made in this cgroup, and there is one.
+fn only_listens(cgroup: &Cgroup, port: u16) -> bool {
+    let (listeners, ids) = (sockets::listeners(port).unwrap_or_default(), cgroup.ids());
+    !listeners.is_empty() && listeners.iter().all(|listener| ids.contains(&listener.cgroup))
+}
+
+/// The clock of `bpf_ktime_get_ns`.
+fn now() -> Duration {
+    clock_gettime(ClockId::CLOCK_MONOTONIC).map_or(Duration::ZERO, Duration::from)
 }
 
 /// Links and map entries of what is desired.

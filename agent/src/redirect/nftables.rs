@@ -142,7 +142,7 @@ pub(crate) fn try_rules(cgroup_root: &Path) -> Result<(), Error> {
         failure: Failure::Closed,
         observe: false,
         proxy_port: 1,
-        entries: rules::everything(),
+        entries: rules::everything().into(),
         scopes: vec![Cgroup { dir: cgroup_root.join("any"), id: 1 }],
         users: vec![1],
     };

@@ -6,17 +6,17 @@
 )]
 
 use super::{Cgroup, Error, Service, pins::Pins};
-use crate::{config::Failure, rules};
+use crate::{config::Failure, rules::Entry};
 use agent_ebpf::{
     Counters, FAILURE_CLOSED, FAILURE_OPEN, MAX_RULES, MAX_SERVICES, NAME_LEN, PHASE_ENFORCE, PHASE_OBSERVE,
     RuleKey, Rules, maps,
     programs::{BPF_CGROUP_INET4_CONNECT, BPF_CGROUP_INET6_CONNECT},
 };
 use aya::maps::{
-    CgroupStorage, CgroupStorageKey, HashMap, LpmTrie, Map, MapData, MapError, PerCpuHashMap, PerCpuValues,
-    lpm_trie::Key,
+    Array, CgroupStorage, CgroupStorageKey, HashMap, LpmTrie, Map, MapData, MapError, PerCpuHashMap,
+    PerCpuValues, lpm_trie::Key,
 };
-use std::{collections::BTreeSet, io};
+use std::{collections::BTreeSet, io, time::Duration};
 
 /// See the module.
 pub(super) struct Maps {
@@ -24,6 +24,7 @@ pub(super) struct Maps {
     rules: LpmTrie<MapData, RuleKey, Rules>,
     counters: PerCpuHashMap<MapData, u32, Counters>,
     scopes: CgroupStorage<MapData, u32>,
+    vouched: Array<MapData, u64>,
 }
 
 impl Maps {
@@ -37,7 +38,13 @@ impl Maps {
             rules: open(maps::RULES)?.try_into().map_err(wrong(maps::RULES))?,
             counters: open(maps::COUNTERS)?.try_into().map_err(wrong(maps::COUNTERS))?,
             scopes: open(maps::SCOPES)?.try_into().map_err(wrong(maps::SCOPES))?,
+            vouched: open(maps::VOUCHED)?.try_into().map_err(wrong(maps::VOUCHED))?,
         })
+    }
+
+    /// Says until when, on the monotonic clock, a listener without a mark counts as the proxy's.
+    pub(super) fn vouch(&mut self, until: Duration) -> Result<(), Error> {
+        self.vouched.set(0, until.as_nanos() as u64, 0).map_err(failed("write", maps::VOUCHED))
     }
 
     /// Ids of the services that are there.
@@ -61,14 +68,28 @@ impl Maps {
         }))
     }
 
-    /// Writes a service's policy: its rules under a number of their own, then, in one update, the service that points
-    /// at them. Rules that nothing points at any more are pruned later.
-    pub(super) fn write(&mut self, service: &Service) -> Result<(), Error> {
-        self.start_counters(service.id)?;
-        let policy = self.next_policy()?;
-        for entry in &service.entries {
-            self.write_rule(policy, entry)?;
+    /// Whether a service of this id and name is there.
+    pub(super) fn has_service(&self, service: &Service) -> Result<bool, Error> {
+        match self.services.get(&service.id, 0) {
+            Ok(written) => Ok(written.name == padded(&service.name)),
+            Err(MapError::KeyNotFound) => Ok(false),
+            Err(error) => Err(failed("read", maps::SERVICES)(error)),
         }
+    }
+
+    /// Writes a policy under a number that no service points at.
+    pub(super) fn write_policy(&mut self, policy: u32, entries: &[Entry]) -> Result<(), Error> {
+        for entry in entries {
+            let (bits, key) = entry.key(policy);
+            let written = self.rules.insert(&Key::new(bits, key), entry.rules, 0);
+            written.map_err(self::written(maps::RULES, MAX_RULES))?;
+        }
+        Ok(())
+    }
+
+    /// Writes a service and, with it in one update, which policy it has.
+    pub(super) fn write_service(&mut self, service: &Service, policy: u32) -> Result<(), Error> {
+        self.start_counters(service.id)?;
         let value = agent_ebpf::Service {
             policy,
             failure: match service.failure {
@@ -95,15 +116,26 @@ impl Maps {
         Ok(())
     }
 
+    /// Removes a service and its counters.
+    pub(super) fn remove_service(&mut self, id: u32) -> Result<(), Error> {
+        absent_is_fine(self.services.remove(&id)).map_err(failed("write", maps::SERVICES))?;
+        absent_is_fine(self.counters.remove(&id)).map_err(failed("write", maps::COUNTERS))
+    }
+
+    /// Removes a policy that no service points at any more.
+    pub(super) fn remove_policy(&mut self, policy: u32, entries: &[Entry]) -> Result<(), Error> {
+        for entry in entries {
+            let (bits, key) = entry.key(policy);
+            absent_is_fine(self.rules.remove(&Key::new(bits, key))).map_err(failed("write", maps::RULES))?;
+        }
+        Ok(())
+    }
+
     /// Removes services that are not among these, and rules that no service points at.
     pub(super) fn prune(&mut self, ids: &BTreeSet<u32>) -> Result<(), Error> {
         for id in self.services()? {
             if !ids.contains(&id) {
-                self.services.remove(&id).map_err(failed("write", maps::SERVICES))?;
-                match self.counters.remove(&id) {
-                    Err(error) if errno(&error) == Some(libc::ENOENT) => {}
-                    result => result.map_err(failed("write", maps::COUNTERS))?,
-                }
+                self.remove_service(id)?;
             }
         }
         let policies = self.policies()?;
@@ -129,18 +161,21 @@ impl Maps {
         self.counters.insert(id, zero, 0).map_err(written(maps::COUNTERS, MAX_SERVICES))
     }
 
-    fn write_rule(&mut self, policy: u32, entry: &rules::Entry) -> Result<(), Error> {
-        let (bits, key) = entry.key(policy);
-        self.rules.insert(&Key::new(bits, key), entry.rules, 0).map_err(written(maps::RULES, MAX_RULES))
-    }
-
     fn policies(&self) -> Result<BTreeSet<u32>, Error> {
         let policies = self.services.iter().map(|item| item.map(|(_, service)| service.policy));
         policies.collect::<Result<_, _>>().map_err(failed("read", maps::SERVICES))
     }
 
-    fn next_policy(&self) -> Result<u32, Error> {
+    /// A number that no service points at.
+    pub(super) fn next_policy(&self) -> Result<u32, Error> {
         Ok(self.policies()?.last().map_or(1, |last| last.wrapping_add(1)))
+    }
+}
+
+fn absent_is_fine(removed: Result<(), MapError>) -> Result<(), MapError> {
+    match removed {
+        Err(error) if errno(&error) == Some(libc::ENOENT) => Ok(()),
+        removed => removed,
     }
 }
 

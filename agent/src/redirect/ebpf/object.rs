@@ -6,7 +6,11 @@ use agent_ebpf::{
     NETNS_COOKIES, maps,
     programs::{self, Program},
 };
-use aya::{Ebpf, EbpfLoader, programs::ProgramError, util::KernelVersion};
+use aya::{
+    Ebpf, EbpfLoader,
+    programs::{ProgramError, ProgramInfo},
+    util::KernelVersion,
+};
 use std::{
     fs, io,
     os::fd::{AsFd as _, OwnedFd},
@@ -16,22 +20,37 @@ use std::{
 static OBJECT: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/mesh-redirect-ebpf"));
 
 /// Loads and pins the programs of this binary, over the maps that are pinned already, and puts them in the place of
-/// those that are attached: no connection goes without a program meanwhile.
-pub(super) fn load(pins: &Pins) -> Result<(), Error> {
+/// those that are attached: no connection goes without a program meanwhile. Programs that are the same stay.
+pub(super) fn load(pins: &Pins, loader: Loader) -> Result<(), Error> {
     pins.create()?;
-    let mut ebpf = load_object(pins)?;
+    let mut ebpf = load_object(pins, loader)?;
+    let mut same = pins.exist();
     for program in programs::all() {
         let error = |cause| Error::Program { name: program.name, cause: Box::new(cause) };
         let loaded = ebpf.program_mut(program.name).ok_or_else(|| error(ProgramError::NotLoaded))?;
         load_program(loaded).map_err(error)?;
+        same = same && is_pinned(pins, program, loaded);
+    }
+    if same {
+        return Ok(());
+    }
+    for program in programs::all() {
+        let error = |cause| Error::Program { name: program.name, cause: Box::new(cause) };
+        let loaded = ebpf.program(program.name).ok_or_else(|| error(ProgramError::NotLoaded))?;
         replace_pin(pins, program, loaded)?;
     }
     update_links(pins)
 }
 
+/// Whether the program that is pinned has the same instructions.
+fn is_pinned(pins: &Pins, program: Program, loaded: &aya::programs::Program) -> bool {
+    let pinned = ProgramInfo::from_pin(pins.program(program)).map(|info| info.tag());
+    matches!((pinned, loaded.info()), (Ok(pinned), Ok(loaded)) if pinned == loaded.tag())
+}
+
 /// As [`load`], where no programs are pinned.
 pub(super) fn load_if_absent(pins: &Pins) -> Result<(), Error> {
-    if pins.exist() { Ok(()) } else { load(pins) }
+    if pins.exist() { Ok(()) } else { load(pins, loader()) }
 }
 
 /// Loads the programs and lets them go again: whether this kernel takes them.
@@ -67,8 +86,13 @@ pub(super) fn link(pins: &Pins, program: Program, cgroup: &Cgroup) -> Result<Own
     })
 }
 
-fn loader() -> EbpfLoader<'static> {
+/// What loads the object. To make one takes a while, since aya reads all the types of the kernel, though these programs
+/// do not ask for them.
+pub(super) type Loader = EbpfLoader<'static>;
+
+pub(super) fn loader() -> Loader {
     let mut loader = EbpfLoader::new();
+    loader.btf(None);
     // bpf_get_netns_cookie came to sock_ops programs in 5.15.
     let cookies: &'static u32 = if has_netns_cookies() { &1 } else { &0 };
     loader.override_global(NETNS_COOKIES, cookies, true);
@@ -79,8 +103,7 @@ fn has_netns_cookies() -> bool {
     KernelVersion::current().is_ok_and(|version| version >= KernelVersion::new(5, 15, 0))
 }
 
-fn load_object(pins: &Pins) -> Result<Ebpf, Error> {
-    let mut loader = loader();
+fn load_object(pins: &Pins, mut loader: Loader) -> Result<Ebpf, Error> {
     for name in maps::ALL {
         loader.map_pin_path(name, pins.map(name));
     }

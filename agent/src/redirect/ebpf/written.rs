@@ -1,0 +1,64 @@
+//! Services and policies in the maps, as far as this process wrote them.
+
+use super::{Desired, Error, Service, maps::Maps};
+use crate::rules::Entry;
+use std::{
+    collections::{BTreeSet, HashMap},
+    sync::Arc,
+};
+
+/// See the module.
+#[derive(Debug, Default)]
+pub(super) struct Written {
+    /// By their ids, without their cgroups, and the number of each one's policy.
+    services: HashMap<u32, (Service, u32)>,
+    /// Policies by their numbers; services with the same one share it.
+    policies: HashMap<u32, Arc<[Entry]>>,
+    /// Whether nothing else is in the maps.
+    pruned: bool,
+}
+
+impl Written {
+    /// Writes a service, and its policy unless another service has it too.
+    pub(super) fn write(&mut self, maps: &mut Maps, service: &Service) -> Result<(), Error> {
+        let policy = Service { scopes: Vec::new(), ..service.clone() };
+        if self.services.get(&service.id).is_some_and(|(written, _)| *written == policy) {
+            return Ok(());
+        }
+        let known = self.policies.iter().find(|(_, entries)| **entries == service.entries);
+        let number = match known {
+            Some((&number, _)) => number,
+            None => {
+                let number = maps.next_policy()?;
+                maps.write_policy(number, &service.entries)?;
+                self.policies.insert(number, Arc::clone(&service.entries));
+                number
+            }
+        };
+        maps.write_service(service, number)?;
+        self.services.insert(service.id, (policy, number));
+        Ok(())
+    }
+
+    /// Removes what is no longer desired from the maps: the first time whatever is in them.
+    pub(super) fn prune(&mut self, maps: &mut Maps, desired: &Desired) -> Result<(), Error> {
+        let ids: BTreeSet<u32> = desired.services.iter().map(|service| service.id).collect();
+        let gone: Vec<u32> = self.services.keys().copied().filter(|id| !ids.contains(id)).collect();
+        for id in gone {
+            maps.remove_service(id)?;
+            self.services.remove(&id);
+        }
+        let used: BTreeSet<u32> = self.services.values().map(|(_, policy)| *policy).collect();
+        let unused: Vec<u32> =
+            self.policies.keys().copied().filter(|policy| !used.contains(policy)).collect();
+        for policy in unused {
+            let entries = self.policies.remove(&policy);
+            maps.remove_policy(policy, entries.as_deref().unwrap_or_default())?;
+        }
+        if !self.pruned {
+            maps.prune(&ids)?;
+            self.pruned = true;
+        }
+        Ok(())
+    }
+}
