@@ -11,7 +11,7 @@ use std::{
 };
 
 /// Bytes of one answer; the kernel fills at most 32 KiB.
-const ANSWER: usize = 64 << 10;
+const ANSWER: usize = 32 << 10;
 /// Length of `struct nlmsghdr`.
 pub(crate) const HEADER: usize = 16;
 
@@ -42,13 +42,10 @@ impl Netlink {
 
     /// The next datagram; none where the kernel has nothing to say.
     pub(crate) fn answer(&self) -> io::Result<Option<Vec<u8>>> {
-        let mut buffer = vec![0; ANSWER];
+        let mut buffer = [0; ANSWER];
         loop {
             match recv(self.socket.as_raw_fd(), &mut buffer, MsgFlags::MSG_DONTWAIT) {
-                Ok(len) => {
-                    buffer.truncate(len);
-                    return Ok(Some(buffer));
-                }
+                Ok(len) => return Ok(Some(buffer[..len].to_vec())),
                 Err(nix::Error::EAGAIN) => return Ok(None),
                 Err(nix::Error::EINTR) => {}
                 Err(errno) => return Err(errno.into()),

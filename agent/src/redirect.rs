@@ -71,7 +71,7 @@ impl Redirect {
     }
 
     /// What the kernel says is there of what is desired.
-    pub(crate) fn status(&self, desired: &Desired) -> Result<Status, Error> {
+    pub(crate) fn status(&mut self, desired: &Desired) -> Result<Status, Error> {
         match self {
             Self::Ebpf(ebpf) => Ok(ebpf.status()?),
             Self::Nftables(nftables) => Ok(nftables.status(desired)?),
@@ -79,7 +79,7 @@ impl Redirect {
     }
 
     /// Says for IPv4 and IPv6 whether the proxy is ready, to modes in which the kernel does not see for itself.
-    pub(crate) fn keep_alive(&self, ready: [bool; 2]) -> Result<(), Error> {
+    pub(crate) fn keep_alive(&mut self, ready: [bool; 2]) -> Result<(), Error> {
         match self {
             Self::Ebpf(_) => Ok(()),
             Self::Nftables(nftables) => Ok(nftables.keep_alive(ready)?),

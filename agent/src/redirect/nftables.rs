@@ -51,36 +51,57 @@ fn hint(error: &io::Error) -> &'static str {
 pub(crate) struct Nftables {
     cgroup_root: PathBuf,
     proxy_port: u16,
+    /// Kept open: to close it, the kernel waits until everybody has seen the last transaction.
+    kernel: Option<Kernel>,
+    /// What was committed last.
+    committed: Option<Ruleset>,
 }
 
 impl Nftables {
     /// For services below a cgroup2 mount, and a proxy that listens on this port.
     pub(crate) fn new(cgroup_root: PathBuf, proxy_port: u16) -> Self {
-        Self { cgroup_root, proxy_port }
+        Self { cgroup_root, proxy_port, kernel: None, committed: None }
+    }
+
+    fn kernel(&mut self) -> Result<&Kernel, Error> {
+        match self.kernel {
+            Some(ref kernel) => Ok(kernel),
+            None => Ok(self.kernel.insert(Kernel::open()?)),
+        }
     }
 
     /// Makes the kernel steer what is desired and nothing else: all of it, or nothing is changed.
     ///
     /// With nothing desired the table goes, but not before the last connection that was steered: with the last rule that
     /// translates in a network namespace the kernel ends all translation there.
-    pub(crate) fn apply(&self, desired: &Desired) -> Result<(), Error> {
-        let kernel = Kernel::open()?;
+    pub(crate) fn apply(&mut self, desired: &Desired) -> Result<(), Error> {
+        let proxy_port = self.proxy_port;
+        let ruleset = Ruleset::new(desired, &self.cgroup_root);
+        let committed = self.committed.take();
+        let kernel = self.kernel()?;
         let found = kernel.fingerprint()?;
         let is_needed = !desired.services.is_empty()
-            || found.is_some() && sockets::are_connected(self.proxy_port).map_err(Error::Socket)?;
+            || found.is_some() && sockets::are_connected(proxy_port).map_err(Error::Socket)?;
         if !is_needed {
             return self.remove();
         }
-        let ruleset = Ruleset::new(desired, &self.cgroup_root);
         if found == Some(ruleset.fingerprint()) {
+            self.committed = Some(ruleset);
             return Ok(());
         }
-        kernel.commit(message::replace(&kernel.present()?, &ruleset))
+        let known = committed.filter(|known| found == Some(known.fingerprint()));
+        let change = known.and_then(|known| message::change(&known, &ruleset));
+        match change {
+            Some(batch) => kernel.commit(batch)?,
+            None => kernel.commit(message::replace(&kernel.present()?, &ruleset))?,
+        }
+        self.committed = Some(ruleset);
+        Ok(())
     }
 
     /// Removes the table. Connections that were steered end, unless something else translates addresses here.
-    pub(crate) fn remove(&self) -> Result<(), Error> {
-        let kernel = Kernel::open()?;
+    pub(crate) fn remove(&mut self) -> Result<(), Error> {
+        let kernel = self.kernel()?;
         let present = kernel.present()?;
         if present == message::Present::default() {
             return Ok(());
@@ -89,8 +110,8 @@ impl Nftables {
     }
 
     /// Says whether the proxy listens for IPv4 and for IPv6 and is well; has to be repeated within three seconds.
-    pub(crate) fn keep_alive(&self, [v4, v6]: [bool; 2]) -> Result<(), Error> {
-        let kernel = Kernel::open()?;
+    pub(crate) fn keep_alive(&mut self, [v4, v6]: [bool; 2]) -> Result<(), Error> {
+        let kernel = self.kernel()?;
         if kernel.fingerprint()?.is_none() {
             return Ok(());
         }
@@ -111,9 +132,10 @@ impl Nftables {
     }
 
     /// What the kernel says is there.
-    pub(crate) fn status(&self, desired: &Desired) -> Result<Status, Error> {
-        let kernel = Kernel::open()?;
-        let in_place = kernel.fingerprint()? == Some(Ruleset::new(desired, &self.cgroup_root).fingerprint());
+    pub(crate) fn status(&mut self, desired: &Desired) -> Result<Status, Error> {
+        let ruleset = Ruleset::new(desired, &self.cgroup_root);
+        let kernel = self.kernel()?;
+        let in_place = kernel.fingerprint()? == Some(ruleset.fingerprint());
         let counters = kernel.counters()?;
         let service = |service: &Service| ServiceStatus {
             id: service.id,

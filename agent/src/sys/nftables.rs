@@ -190,19 +190,25 @@ unsafe impl NlMsg for Counter<'_> {
     }
 }
 
-/// Every rule of a table; can only be deleted.
-pub(crate) struct AllRules<'a>(pub(crate) &'a Table);
+/// Every rule of a chain, or of a whole table; can only be deleted.
+pub(crate) struct Rules<'a> {
+    pub(crate) table: &'a Table,
+    pub(crate) chain: Option<&'a CStr>,
+}
 
 // SAFETY: it takes less than a page.
-unsafe impl NlMsg for AllRules<'_> {
+unsafe impl NlMsg for Rules<'_> {
     unsafe fn write(&self, buffer: *mut c_void, seq: u32, kind: MsgType) {
-        // SAFETY: the caller promises room; the name ends with NUL and is copied.
+        // SAFETY: the caller promises room; names end with NUL and are copied.
         unsafe {
             let rule = allocated(sys::nftnl_rule_alloc());
             let raw = rule.as_ptr();
-            sys::nftnl_rule_set_str(raw, sys::NFTNL_RULE_TABLE as u16, self.0.get_name().as_ptr());
+            sys::nftnl_rule_set_str(raw, sys::NFTNL_RULE_TABLE as u16, self.table.get_name().as_ptr());
+            if let Some(chain) = self.chain {
+                sys::nftnl_rule_set_str(raw, sys::NFTNL_RULE_CHAIN as u16, chain.as_ptr());
+            }
             let message = (libc::NFT_MSG_NEWRULE, libc::NFT_MSG_DELRULE);
-            let header = header(buffer, seq, kind, message, self.0);
+            let header = header(buffer, seq, kind, message, self.table);
             sys::nftnl_rule_nlmsg_build_payload(header, raw);
             sys::nftnl_rule_free(raw);
         }

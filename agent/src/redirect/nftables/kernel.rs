@@ -8,7 +8,7 @@ use super::{
 use crate::netlink::{Attributes, HEADER, Messages, Netlink, attributes};
 use nftnl::Batch;
 use nix::sys::socket::SockProtocol;
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 /// Bytes that a transaction and its acknowledgements may take: some ten thousand services.
 const BUFFER: usize = 256 << 20;
@@ -178,7 +178,7 @@ fn is_ours(attributes: &Attributes) -> bool {
     name(attributes, NFTA_TABLE) == TABLE
 }
 
-fn names(found: &[Attributes], attribute: u16) -> Vec<String> {
+fn names(found: &[Attributes], attribute: u16) -> BTreeSet<String> {
     found.iter().filter(|found| is_ours(found)).map(|found| name(found, attribute)).collect()
 }
 

@@ -4,19 +4,24 @@ use super::ruleset::{
     ALIVE, Chain, Content, Family, OUTPUT, PRIORITY, Rule, Ruleset, Set, Statement, TABLE, key,
 };
 use crate::sys::nftables::{self as sys, ELEMENTS_IN_A_MESSAGE, Element, Elements, Expression, Value};
+use crate::{config::Ports, rules::Range};
 use nftnl::{
     Batch, ChainType, Hook, MsgType, Policy, ProtoFamily, Table,
     expr::{Cmp, CmpOp, Meta, RejectionType, Socket, SocketKey, Verdict},
     nftnl_sys::{self as constants, libc},
 };
-use std::{ffi::CString, time::Duration};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    ffi::CString,
+    time::Duration,
+};
 
 /// What a transaction replaces: names of what is there.
 #[derive(Debug, Default, PartialEq, Eq)]
 pub(super) struct Present {
-    pub(super) chains: Vec<String>,
-    pub(super) sets: Vec<String>,
-    pub(super) counters: Vec<String>,
+    pub(super) chains: BTreeSet<String>,
+    pub(super) sets: BTreeSet<String>,
+    pub(super) counters: BTreeSet<String>,
 }
 
 /// Puts a ruleset in the place of what is there. Counters of services that stay go on, and the proxy stays as alive as
@@ -25,7 +30,7 @@ pub(super) fn replace(present: &Present, ruleset: &Ruleset) -> Batch {
     let (mut batch, table) = (Batch::new(), table());
     batch.add(&table, MsgType::Add);
     if !present.chains.is_empty() {
-        batch.add(&sys::AllRules(&table), MsgType::Del);
+        batch.add(&sys::Rules { table: &table, chain: None }, MsgType::Del);
     }
     let gone = present.sets.iter().filter(|name| *name != ALIVE).enumerate();
     for (index, name) in gone {
@@ -35,7 +40,7 @@ pub(super) fn replace(present: &Present, ruleset: &Ruleset) -> Batch {
     for name in present.chains.iter().filter(|name| *name != OUTPUT) {
         batch.add(&nftnl::Chain::new(text(name), &table), MsgType::Del);
     }
-    for name in present.counters.iter().filter(|name| !ruleset.counters.contains(name)) {
+    for name in present.counters.iter().filter(|name| !ruleset.counters.contains(*name)) {
         batch.add(&sys::Counter { table: &table, name: &text(name) }, MsgType::Del);
     }
     for name in &ruleset.counters {
@@ -56,6 +61,96 @@ pub(super) fn replace(present: &Present, ruleset: &Ruleset) -> Batch {
         }
     }
     batch
+}
+
+/// Makes one ruleset of another that is in place, by what differs: beside a thousand services, one more takes no longer
+/// than the first. None where sets of destinations differ, which rules hold fast.
+pub(super) fn change(from: &Ruleset, to: &Ruleset) -> Option<Batch> {
+    let maps = maps_of(from, to)?;
+    let (mut batch, table) = (Batch::new(), table());
+    let (before, after) = (chains_of(from), chains_of(to));
+    for name in to.counters.difference(&from.counters) {
+        batch.add(&sys::Counter { table: &table, name: &text(name) }, MsgType::Add);
+    }
+    let is_new = |chain: &&Chain| before.get(chain.name.as_str()) != Some(chain);
+    let changed: Vec<&Chain> = to.chains.iter().filter(is_new).collect();
+    for chain in &changed {
+        batch.add(&new_chain(&table, &chain.name), MsgType::Add);
+    }
+    for (index, (name, old, new)) in maps.into_iter().enumerate() {
+        let name = text(name);
+        let set = named_set(&table, &name, index as u32);
+        add_all(&mut batch, &set, MsgType::Del, jumps(old.iter().filter(|target| !new.contains(target))));
+        add_all(&mut batch, &set, MsgType::Add, jumps(new.iter().filter(|target| !old.contains(target))));
+    }
+    let gone: Vec<&Chain> =
+        from.chains.iter().filter(|chain| !after.contains_key(chain.name.as_str())).collect();
+    for chain in changed.iter().filter(|chain| before.contains_key(chain.name.as_str())).chain(&gone) {
+        batch.add(&sys::Rules { table: &table, chain: Some(&text(&chain.name)) }, MsgType::Del);
+    }
+    for chain in &changed {
+        let message = new_chain(&table, &chain.name);
+        chain.rules.iter().for_each(|rule| batch.add(&new_rule(&message, rule), MsgType::Add));
+    }
+    for chain in gone.iter().rev() {
+        batch.add(&new_chain(&table, &chain.name), MsgType::Del);
+    }
+    for name in from.counters.difference(&to.counters) {
+        batch.add(&sys::Counter { table: &table, name: &text(name) }, MsgType::Del);
+    }
+    Some(batch)
+}
+
+/// Where keys of a map lead: the key, and the name of a chain.
+type Targets<'r> = BTreeSet<(Vec<u8>, &'r str)>;
+
+/// The maps of two rulesets by their names; none where one has another map or set than the other, or another content of
+/// a set.
+fn maps_of<'r>(from: &'r Ruleset, to: &'r Ruleset) -> Option<Vec<(&'r str, Targets<'r>, Targets<'r>)>> {
+    let pairs = from.sets.iter().zip(&to.sets);
+    let same_names = from.sets.len() == to.sets.len() && pairs.clone().all(|(old, new)| old.name == new.name);
+    let maps = pairs.map(|(old, new)| match (targets(&old.content), targets(&new.content)) {
+        (Some(before), Some(after)) => Some(Some((old.name.as_str(), before, after))),
+        _ => (old.content == new.content).then_some(None),
+    });
+    let maps: Vec<Option<_>> = maps.collect::<Option<_>>().filter(|_| same_names)?;
+    Some(maps.into_iter().flatten().collect())
+}
+
+fn targets(content: &Content) -> Option<Targets<'_>> {
+    match content {
+        Content::Destinations(..) => None,
+        Content::Cgroups(cgroups) => {
+            Some(cgroups.iter().map(|(id, chain)| (id.to_ne_bytes().to_vec(), chain.as_str())).collect())
+        }
+        Content::Users(users) => {
+            Some(users.iter().map(|(id, chain)| (id.to_ne_bytes().to_vec(), chain.as_str())).collect())
+        }
+    }
+}
+
+fn jumps<'t>(targets: impl Iterator<Item = &'t (Vec<u8>, &'t str)>) -> Vec<Element> {
+    let element = |(key, chain): &(Vec<u8>, &str)| Element {
+        key: key.clone(),
+        key_end: None,
+        jump: Some(text(chain)),
+        timeout_ms: None,
+    };
+    targets.map(element).collect()
+}
+
+fn add_all(batch: &mut Batch, set: &sys::Set<'_>, kind: MsgType, elements: Vec<Element>) {
+    for elements in elements.chunks(ELEMENTS_IN_A_MESSAGE) {
+        let message = Elements { set, elements };
+        match kind {
+            MsgType::Add => batch.add(&message, MsgType::Add),
+            MsgType::Del => batch.add(&message, MsgType::Del),
+        }
+    }
+}
+
+fn chains_of(ruleset: &Ruleset) -> BTreeMap<&str, &Chain> {
+    ruleset.chains.iter().map(|chain| (chain.name.as_str(), chain)).collect()
 }
 
 /// Removes the table, whether it is there or not.
@@ -143,43 +238,23 @@ fn add_set(batch: &mut Batch, table: &Table, set: &Set, id: u32) {
     };
     let message = sys::Set { table, name: &name, flags, key_type, key_len, key_parts, id };
     batch.add(&message, MsgType::Add);
-    for elements in elements(&set.content).chunks(ELEMENTS_IN_A_MESSAGE) {
-        batch.add(&Elements { set: &message, elements }, MsgType::Add);
-    }
+    add_all(batch, &message, MsgType::Add, elements(&set.content));
 }
 
 /// `NFT_SET_CONCAT`, which Linux 5.6 added.
 const NFT_SET_CONCAT: libc::c_int = 0x80;
 
 fn elements(content: &Content) -> Vec<Element> {
-    let jump = |key: Vec<u8>, chain: &String| Element {
-        key,
-        key_end: None,
-        jump: Some(text(chain)),
+    let Content::Destinations(_, ranges) = content else {
+        return jumps(targets(content).unwrap_or_default().iter());
+    };
+    let element = |range: &Range, ports: &Ports| Element {
+        key: key(range.first, ports.first),
+        key_end: Some(key(range.last, ports.last)),
+        jump: None,
         timeout_ms: None,
     };
-    match content {
-        Content::Destinations(_, ranges) => {
-            let element = |range: &crate::rules::Range, ports: &crate::config::Ports| Element {
-                key: key(range.first, ports.first),
-                key_end: Some(key(range.last, ports.last)),
-                jump: None,
-                timeout_ms: None,
-            };
-            let of = |range| ports_of(range).map(move |ports| element(range, ports));
-            ranges.iter().flat_map(of).collect()
-        }
-        Content::Cgroups(cgroups) => {
-            cgroups.iter().map(|(id, chain)| jump(id.to_ne_bytes().to_vec(), chain)).collect()
-        }
-        Content::Users(users) => {
-            users.iter().map(|(id, chain)| jump(id.to_ne_bytes().to_vec(), chain)).collect()
-        }
-    }
-}
-
-fn ports_of(range: &crate::rules::Range) -> impl Iterator<Item = &crate::config::Ports> {
-    range.ports.iter()
+    ranges.iter().flat_map(|range| range.ports.iter().map(move |ports| element(range, ports))).collect()
 }
 
 fn new_rule<'c>(chain: &'c nftnl::Chain<'_>, rule: &Rule) -> nftnl::Rule<'c> {

@@ -11,7 +11,7 @@ use crate::{
     rules::{self, Range},
 };
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, BTreeSet},
     fmt,
     hash::{DefaultHasher, Hash as _, Hasher as _},
     net::IpAddr,
@@ -30,7 +30,7 @@ pub(super) const ALIVE: &str = "alive";
 /// Everything but the elements of [`ALIVE`].
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct Ruleset {
-    pub(super) counters: Vec<String>,
+    pub(super) counters: BTreeSet<String>,
     pub(super) sets: Vec<Set>,
     /// [`OUTPUT`] is the last one; each comes before those that jump to it.
     pub(super) chains: Vec<Chain>,
@@ -107,7 +107,7 @@ impl Ruleset {
         // Never reached. The kernel translates, and so asks any of this, only while there is a rule that could.
         let translate = Rule::from(vec![Statement::Tcp, Statement::Redirect(1)]);
         let chains = vec![Chain { name: "translation".to_owned(), rules: vec![translate] }];
-        let mut ruleset = Self { counters: Vec::new(), sets: Vec::new(), chains };
+        let mut ruleset = Self { counters: BTreeSet::new(), sets: Vec::new(), chains };
         let mut policies: Vec<Vec<Range>> = Vec::new();
         for service in &desired.services {
             let ranges = rules::ranges(&service.entries);
@@ -157,7 +157,7 @@ impl Ruleset {
             first.comment = Some(service.name.clone());
         }
         for what in COUNTERS {
-            self.counters.push(counter(what, id));
+            self.counters.insert(counter(what, id));
         }
         self.chains.push(Chain { name: steer, rules: steering.into_iter().map(Rule::from).collect() });
         self.chains.push(Chain { name: service_chain(service), rules });
