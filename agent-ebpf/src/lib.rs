@@ -261,12 +261,9 @@ pub mod maps {
     pub const CONNECTIONS: &str = "MR_CONNECTIONS";
     /// Socket storage: [`Listener`](super::Listener).
     pub const LISTENERS: &str = "MR_LISTENERS";
-    /// Array of one: until when (`CLOCK_MONOTONIC`, nanoseconds) a listener without a mark counts as the proxy's too,
-    /// which the agent has made sure of when it attached to a proxy that listened already.
-    pub const VOUCHED: &str = "MR_VOUCHED";
 
     /// All of them.
-    pub const ALL: [&str; 8] = [SERVICES, RULES, COUNTERS, SCOPES, ORIGINS, CONNECTIONS, LISTENERS, VOUCHED];
+    pub const ALL: [&str; 7] = [SERVICES, RULES, COUNTERS, SCOPES, ORIGINS, CONNECTIONS, LISTENERS];
 }
 
 /// The programs: their names in the kernel, and where they attach.

@@ -36,10 +36,6 @@ pub fn proxy_listens(ctx: &SockAddrContext, family: u16, port: u16) -> bool {
         }
         let mark: Option<Listener> = maps::listener(sk).copied();
         bpf_sk_release(sk.cast());
-        let now = bpf_ktime_get_ns();
-        match mark {
-            Some(listener) => decide::is_alive(&listener, now),
-            None => now < maps::vouched_until_ns(),
-        }
+        mark.is_some_and(|listener| decide::is_alive(&listener, bpf_ktime_get_ns()))
     }
 }

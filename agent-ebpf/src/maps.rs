@@ -15,7 +15,7 @@ use aya_ebpf::{
     btf_maps::SkStorage,
     helpers::generated::bpf_sk_storage_get,
     macros::{btf_map, map},
-    maps::{Array, HashMap, LpmTrie, LruHashMap, PerCpuHashMap, lpm_trie::Key},
+    maps::{HashMap, LpmTrie, LruHashMap, PerCpuHashMap, lpm_trie::Key},
 };
 
 #[map]
@@ -31,8 +31,6 @@ static MR_CONNECTIONS: LruHashMap<Ends, Connection> = LruHashMap::with_max_entri
 #[map]
 #[expect(deprecated, reason = "see the import")]
 static MR_SCOPES: CgroupStorage<u32> = CgroupStorage::new();
-#[map]
-static MR_VOUCHED: Array<u64> = Array::with_max_entries(1, 0);
 #[btf_map]
 static MR_LISTENERS: SkStorage<Listener> = SkStorage::new();
 
@@ -98,12 +96,6 @@ pub fn clear_origin(socket: u64) {
 #[inline(always)]
 pub fn listener(sk: *mut bpf_sock) -> Option<&'static mut Listener> {
     listener_storage(sk, core::ptr::null_mut(), 0)
-}
-
-/// Until when a listener without a mark counts as the proxy's.
-#[inline(always)]
-pub fn vouched_until_ns() -> u64 {
-    MR_VOUCHED.get(0).copied().unwrap_or(0)
 }
 
 /// Marks a listener as the proxy's, with the time of its heartbeat.

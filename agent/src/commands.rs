@@ -139,7 +139,7 @@ fn attach(config: &Config, attach: &Attach) -> anyhow::Result<()> {
     }
     let cgroup = Workloads::new(probe::cgroup2_mount()?).cgroup_of(std::process::id().cast_signed())?;
     let _held = lock::kernel(&config.paths.run)?;
-    let mut redirect = Ebpf::new(config.paths.pins.clone());
+    let mut redirect = Ebpf::new(config.paths.pins.clone(), config.proxy.admin);
     let Some(name) = &attach.service else {
         redirect.attach_proxy(&cgroup)?;
         return Ok(());

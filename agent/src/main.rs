@@ -14,6 +14,7 @@ mod netlink;
 mod plan;
 mod present;
 mod probe;
+mod ready;
 mod redirect;
 mod rules;
 mod server;

@@ -41,7 +41,7 @@ impl Redirect {
     /// One that takes over whatever an earlier one of its mode has left in the kernel.
     pub(crate) fn new(mode: Mode, config: &Config, cgroup_root: &Path) -> Self {
         match mode {
-            Mode::Ebpf => Self::Ebpf(Ebpf::new(config.paths.pins.clone())),
+            Mode::Ebpf => Self::Ebpf(Ebpf::new(config.paths.pins.clone(), config.proxy.admin)),
             Mode::Nftables => Self::Nftables(Nftables::new(cgroup_root.to_owned(), config.proxy.port)),
         }
     }

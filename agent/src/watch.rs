@@ -1,18 +1,7 @@
 //! Whether the proxy is ready, asked again and again: for modes in which the kernel does not see for itself.
 
-use crate::{config::Proxy, sockets, workload::Workloads};
-use std::{
-    collections::BTreeSet,
-    io::{self, Read as _, Write as _},
-    net::{IpAddr, SocketAddr, TcpStream},
-    thread,
-    time::Duration,
-};
-
-/// How long the proxy may take to say that it is ready.
-const PATIENCE: Duration = Duration::from_millis(300);
-/// How an answer of success begins, in any version of HTTP/1.
-const SUCCESS: [&[u8]; 2] = [b"HTTP/1.1 200", b"HTTP/1.0 200"];
+use crate::{config::Proxy, ready::says_ready, sockets, workload::Workloads};
+use std::{collections::BTreeSet, io, net::IpAddr, thread, time::Duration};
 
 /// How often it is asked.
 const ROUND: Duration = Duration::from_millis(250);
@@ -28,7 +17,7 @@ pub(crate) fn proxy(proxy: &Proxy, mut workloads: Workloads, mut tell: impl FnMu
 pub(crate) fn is_ready(proxy: &Proxy, workloads: &mut Workloads) -> [bool; 2] {
     let Some(cgroup) = workloads.cgroup(&proxy.scope) else { return [false; 2] };
     let listens = listening(proxy.port, &cgroup.ids()).unwrap_or_default();
-    if listens == [false; 2] || !says_ready(proxy.admin).unwrap_or(false) { [false; 2] } else { listens }
+    if listens == [false; 2] || !says_ready(proxy.admin) { [false; 2] } else { listens }
 }
 
 fn listening(port: u16, own: &BTreeSet<u64>) -> io::Result<[bool; 2]> {
@@ -46,46 +35,5 @@ fn takes_loopback(address: IpAddr, v4: bool) -> bool {
     match address {
         IpAddr::V4(address) => v4 && (address.is_loopback() || address.is_unspecified()),
         IpAddr::V6(address) => !v4 && (address.is_loopback() || address.is_unspecified()),
-    }
-}
-
-fn says_ready(admin: SocketAddr) -> io::Result<bool> {
-    let mut stream = TcpStream::connect_timeout(&admin, PATIENCE)?;
-    stream.set_read_timeout(Some(PATIENCE))?;
-    stream.set_write_timeout(Some(PATIENCE))?;
-    stream
-        .write_all(format!("GET /ready HTTP/1.1\r\nhost: {admin}\r\nconnection: close\r\n\r\n").as_bytes())?;
-    let mut start = [0; SUCCESS[0].len()];
-    stream.read_exact(&mut start)?;
-    Ok(SUCCESS.contains(&&start[..]))
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-    use std::net::TcpListener;
-
-    fn answered(with: &'static [u8]) -> bool {
-        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
-        let admin = listener.local_addr().unwrap();
-        let server = thread::spawn(move || {
-            let (mut stream, _) = listener.accept().unwrap();
-            let mut request = [0; 512];
-            let len = stream.read(&mut request).unwrap();
-            assert!(request[..len].starts_with(b"GET /ready HTTP/1.1\r\n"));
-            stream.write_all(with).unwrap();
-        });
-        let ready = says_ready(admin).unwrap_or(false);
-        server.join().unwrap();
-        ready
-    }
-
-    #[test]
-    fn only_a_success_is_ready() {
-        assert!(answered(b"HTTP/1.1 200 OK\r\n\r\n"));
-        assert!(answered(b"HTTP/1.0 200 OK\r\n\r\n"));
-        assert!(!answered(b"HTTP/1.1 503 Service Unavailable\r\n\r\n"));
-        assert!(!answered(b"HTTP/1.1"));
-        assert!(!answered(b""));
     }
 }

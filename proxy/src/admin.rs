@@ -16,10 +16,16 @@ use std::{
     },
     time::Duration,
 };
-use tokio::{net::TcpListener, sync::Semaphore};
+use tokio::{
+    net::TcpListener,
+    sync::{Semaphore, mpsc, oneshot},
+    time::timeout,
+};
 
 /// Callers at once; further ones wait.
 const MAX_CONNECTIONS: usize = 64;
+/// How long a worker may take to say that it serves; it does nothing else that takes longer than a moment.
+const WORKER_TIMEOUT: Duration = Duration::from_millis(200);
 const HEAD_TIMEOUT: Duration = Duration::from_secs(10);
 const OPEN_METRICS: &str = "application/openmetrics-text; version=1.0.0; charset=utf-8";
 const TEXT: &str = "text/plain; charset=utf-8";
@@ -29,12 +35,16 @@ const TEXT: &str = "text/plain; charset=utf-8";
 pub(crate) struct Admin {
     registry: Registry,
     ready: AtomicBool,
+    workers: Vec<Worker>,
 }
 
+/// How a worker is asked whether it serves: it answers when it has told the kernel so too.
+pub(crate) type Worker = mpsc::UnboundedSender<oneshot::Sender<()>>;
+
 impl Admin {
-    /// Not ready yet.
-    pub(crate) fn new(registry: Registry) -> Self {
-        Self { registry, ready: AtomicBool::new(false) }
+    /// Not ready yet; `workers` are those that all have to serve.
+    pub(crate) fn new(registry: Registry, workers: Vec<Worker>) -> Self {
+        Self { registry, ready: AtomicBool::new(false), workers }
     }
 
     /// Says whether new connections are welcome.
@@ -42,12 +52,29 @@ impl Admin {
         self.ready.store(ready, Ordering::Relaxed);
     }
 
-    fn respond(&self, request: &Request<Incoming>) -> Response<Full<Bytes>> {
+    /// Whether new connections are welcome, and every worker serves.
+    async fn is_ready(&self) -> bool {
+        let ask = |worker: &Worker| {
+            let (reply, answer) = oneshot::channel();
+            worker.send(reply).is_ok().then_some(answer)
+        };
+        let answers: Option<Vec<_>> = self.workers.iter().map(ask).collect();
+        let (true, Some(answers)) = (self.ready.load(Ordering::Relaxed), answers) else { return false };
+        let all = async {
+            for answer in answers {
+                answer.await?;
+            }
+            Ok::<_, oneshot::error::RecvError>(())
+        };
+        matches!(timeout(WORKER_TIMEOUT, all).await, Ok(Ok(())))
+    }
+
+    async fn respond(&self, request: &Request<Incoming>) -> Response<Full<Bytes>> {
         if request.method() != Method::GET {
             return response(StatusCode::METHOD_NOT_ALLOWED, TEXT, "expected GET\n");
         }
         match request.uri().path() {
-            "/ready" if self.ready.load(Ordering::Relaxed) => response(StatusCode::OK, TEXT, "ready\n"),
+            "/ready" if self.is_ready().await => response(StatusCode::OK, TEXT, "ready\n"),
             "/ready" => response(StatusCode::SERVICE_UNAVAILABLE, TEXT, "not ready\n"),
             "/metrics" => match observe::encode(&self.registry) {
                 Ok(text) => response(StatusCode::OK, OPEN_METRICS, text),
@@ -76,8 +103,8 @@ pub(crate) async fn serve(listener: TcpListener, admin: Arc<Admin>) {
         let admin = Arc::clone(&admin);
         tokio::spawn(async move {
             let service = service_fn(|request| {
-                let response = admin.respond(&request);
-                async { Ok::<_, Infallible>(response) }
+                let admin = Arc::clone(&admin);
+                async move { Ok::<_, Infallible>(admin.respond(&request).await) }
             });
             let mut builder = http1::Builder::new();
             builder.timer(TokioTimer::new()).header_read_timeout(HEAD_TIMEOUT).max_buf_size(16 << 10);

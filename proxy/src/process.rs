@@ -20,7 +20,7 @@ use std::{
 use tokio::{
     net::TcpListener,
     signal::unix::{SignalKind, signal},
-    sync::watch,
+    sync::{mpsc::unbounded_channel, watch},
 };
 
 /// Runs until it is told to end, and has ended what was open.
@@ -33,11 +33,11 @@ pub(crate) fn run(file: &Path, config: &Config) -> anyhow::Result<()> {
     let snapshot = Arc::new(Current::from_pointee(Snapshot::new(config, &metrics)));
     let (drain, draining) = watch::channel(false);
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
-    let admin = Arc::new(Admin::new(metrics.registry()));
     let listener = runtime
         .block_on(TcpListener::bind(config.admin))
         .with_context(|| format!("listen on {}", config.admin))?;
-    let workers = start_workers(config, &snapshot, &metrics, &draining)?;
+    let (workers, questions) = start_workers(config, &snapshot, &metrics, &draining)?;
+    let admin = Arc::new(Admin::new(metrics.registry(), questions));
     let serving = runtime.spawn(admin::serve(listener, Arc::clone(&admin)));
     admin.set_ready(true);
     // Where no service manager listens there is nobody to tell.
@@ -59,26 +59,29 @@ fn start_workers(
     snapshot: &Arc<Current>,
     metrics: &Metrics,
     draining: &watch::Receiver<bool>,
-) -> anyhow::Result<Vec<JoinHandle<()>>> {
+) -> anyhow::Result<(Vec<JoinHandle<()>>, Vec<admin::Worker>)> {
     let (listening, heard) = mpsc::channel();
     let (port, drain_timeout, own_ports) =
         (config.listen.port, config.drain_timeout, [config.listen.port, config.admin.port()]);
-    let start = |index| {
+    let mut asked = Vec::new();
+    let mut start = |index| {
+        let (ask, questions) = unbounded_channel();
+        asked.push(ask);
         let (snapshot, metrics, drain) = (Arc::clone(snapshot), metrics.clone(), draining.clone());
         let listening = listening.clone();
         let work = move || {
             let context = Context { snapshot, metrics, pool: Pool::default(), drain, own_ports };
             // The receiver waits for all workers; if it is gone, so is this process.
-            worker::run(context, port, drain_timeout, |result| _ = listening.send(result));
+            worker::run(context, port, questions, drain_timeout, |result| _ = listening.send(result));
         };
         thread::Builder::new().name(format!("worker-{index}")).spawn(work)
     };
     let workers =
-        (0..config.listen.workers).map(start).collect::<Result<Vec<_>, _>>().context("start workers")?;
+        (0..config.listen.workers).map(&mut start).collect::<Result<Vec<_>, _>>().context("start workers")?;
     for _ in &workers {
         heard.recv().context("a worker ended before it listened")??;
     }
-    Ok(workers)
+    Ok((workers, asked))
 }
 
 fn end_workers(workers: Vec<JoinHandle<()>>) {

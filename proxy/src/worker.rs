@@ -4,6 +4,7 @@ use crate::{accept::Listeners, connection, context::Context, observe::Metrics};
 use std::{cell::Cell, io, rc::Rc, time::Duration};
 use tokio::{
     runtime,
+    sync::{mpsc, oneshot},
     task::LocalSet,
     time::{Instant, MissedTickBehavior, interval, sleep, timeout_at},
 };
@@ -11,10 +12,14 @@ use tokio::{
 /// How often the kernel is told that the listeners are served; it waits for three seconds.
 const HEARTBEAT: Duration = Duration::from_millis(250);
 
+/// Whether it serves, and where to say so.
+pub(crate) type Questions = mpsc::UnboundedReceiver<oneshot::Sender<()>>;
+
 /// Serves until the process is to end, then finishes what is open, for so long. `listening` hears whether it can.
 pub(crate) fn run(
     context: Context,
     port: u16,
+    questions: Questions,
     drain_timeout: Duration,
     listening: impl FnOnce(io::Result<()>),
 ) {
@@ -26,14 +31,19 @@ pub(crate) fn run(
         match Listeners::bind(port) {
             Ok(listeners) => {
                 listening(Ok(()));
-                serve(Rc::new(context), listeners, drain_timeout).await;
+                serve(Rc::new(context), listeners, questions, drain_timeout).await;
             }
             Err(error) => listening(Err(error)),
         }
     });
 }
 
-async fn serve(context: Rc<Context>, listeners: Listeners, drain_timeout: Duration) {
+async fn serve(
+    context: Rc<Context>,
+    listeners: Listeners,
+    mut questions: Questions,
+    drain_timeout: Duration,
+) {
     let open = Rc::new(Cell::new(0));
     let mut heartbeat = interval(HEARTBEAT);
     heartbeat.set_missed_tick_behavior(MissedTickBehavior::Delay);
@@ -43,6 +53,10 @@ async fn serve(context: Rc<Context>, listeners: Listeners, drain_timeout: Durati
             _ = heartbeat.tick() => {
                 listeners.heartbeat();
                 context.pool.sweep();
+            }
+            Some(reply) = questions.recv() => {
+                listeners.heartbeat();
+                let _nobody_waits_any_more = reply.send(());
             }
             () = context.draining() => break,
         }

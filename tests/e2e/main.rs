@@ -46,6 +46,7 @@ mod differential;
 mod enable;
 mod exec;
 mod families;
+mod foreign;
 mod harness;
 mod listener;
 mod liveness;

@@ -33,6 +33,7 @@ const TOOLS: &[(For, &str, &str)] = &[
     (For::Demo, "setpriv", "util-linux"),
     (For::Demo, "bpftool", "bpftool"),
     (For::Demo, "nft", "nftables"),
+    (For::Tests, "iptables-legacy", "iptables"),
     (For::Tests, "python3", "python3"),
     (For::Tests, "node", "nodejs"),
     (For::Tests, "readelf", "binutils"),

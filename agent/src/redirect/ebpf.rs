@@ -18,19 +18,19 @@ use pins::{Owner, Pins};
 use written::Written;
 
 use super::{Cgroup, Desired, Service, ServiceStatus, Status};
-use crate::sockets;
+use crate::ready;
 use agent_ebpf::programs::{self, Program};
-use nix::time::{ClockId, clock_gettime};
-use std::{collections::BTreeSet, os::fd::AsFd as _, path::PathBuf, time::Duration};
+use std::{collections::BTreeSet, net::SocketAddr, os::fd::AsFd as _, path::PathBuf, thread, time::Duration};
 
-/// A proxy that was there before the hooks is known to them from its next heartbeat on, which comes every 250 ms.
-/// Until then the agent vouches for it, so that no service sees a moment in which it counts as absent.
-const FOUR_HEARTBEATS: Duration = Duration::from_secs(1);
+/// A proxy that was there before the hooks is known to them from its next heartbeat on. Services are steered after
+/// that, so that none sees a moment in which the proxy counts as absent.
+const TWO_HEARTBEATS: Duration = Duration::from_millis(500);
 
 /// The mode, over its pins.
 #[derive(Debug)]
 pub(crate) struct Ebpf {
     pins: Pins,
+    proxy_admin: SocketAddr,
     /// For the first service, so that it does not have to wait.
     loader: Option<Loader>,
     /// Whether the programs that are pinned are those of this binary.
@@ -41,10 +41,12 @@ pub(crate) struct Ebpf {
 }
 
 impl Ebpf {
-    /// Over the pins at a directory on a BPF file system, which need not exist yet.
-    pub(crate) fn new(pins: PathBuf) -> Self {
+    /// Over the pins at a directory on a BPF file system, which need not exist yet; `proxy_admin` is where the proxy says
+    /// whether it is ready.
+    pub(crate) fn new(pins: PathBuf, proxy_admin: SocketAddr) -> Self {
         Self {
             pins: Pins::new(pins),
+            proxy_admin,
             loader: None,
             loaded: false,
             written: Written::default(),
@@ -70,9 +72,9 @@ impl Ebpf {
         let mut maps = Maps::open(&self.pins)?;
         if let Some(cgroup) = &desired.proxy {
             let anew = self.attach(Owner::Proxy, cgroup, &programs::PROXY)?;
-            let port = desired.services.first().map_or(0, |service| service.proxy_port);
-            if anew && only_listens(cgroup, port) {
-                maps.vouch(now() + FOUR_HEARTBEATS)?;
+            // One that is asked whether it is ready sends its heartbeats before it says so.
+            if anew && cgroup.is_populated() && !ready::says_ready(self.proxy_admin) {
+                thread::sleep(TWO_HEARTBEATS);
             }
         }
         for service in &desired.services {
@@ -188,17 +190,6 @@ impl Ebpf {
         }
         Ok(())
     }
-}
-
-/// Whether every socket that listens on a port was made in this cgroup, and there is one.
-fn only_listens(cgroup: &Cgroup, port: u16) -> bool {
-    let (listeners, ids) = (sockets::listeners(port).unwrap_or_default(), cgroup.ids());
-    !listeners.is_empty() && listeners.iter().all(|listener| ids.contains(&listener.cgroup))
-}
-
-/// The clock of `bpf_ktime_get_ns`.
-fn now() -> Duration {
-    clock_gettime(ClockId::CLOCK_MONOTONIC).map_or(Duration::ZERO, Duration::from)
 }
 
 /// Links and map entries of what is desired.

@@ -13,10 +13,10 @@ use agent_ebpf::{
     programs::{BPF_CGROUP_INET4_CONNECT, BPF_CGROUP_INET6_CONNECT},
 };
 use aya::maps::{
-    Array, CgroupStorage, CgroupStorageKey, HashMap, LpmTrie, Map, MapData, MapError, PerCpuHashMap,
-    PerCpuValues, lpm_trie::Key,
+    CgroupStorage, CgroupStorageKey, HashMap, LpmTrie, Map, MapData, MapError, PerCpuHashMap, PerCpuValues,
+    lpm_trie::Key,
 };
-use std::{collections::BTreeSet, io, time::Duration};
+use std::{collections::BTreeSet, io};
 
 /// See the module.
 pub(super) struct Maps {
@@ -24,7 +24,6 @@ pub(super) struct Maps {
     rules: LpmTrie<MapData, RuleKey, Rules>,
     counters: PerCpuHashMap<MapData, u32, Counters>,
     scopes: CgroupStorage<MapData, u32>,
-    vouched: Array<MapData, u64>,
 }
 
 impl Maps {
@@ -38,13 +37,7 @@ impl Maps {
             rules: open(maps::RULES)?.try_into().map_err(wrong(maps::RULES))?,
             counters: open(maps::COUNTERS)?.try_into().map_err(wrong(maps::COUNTERS))?,
             scopes: open(maps::SCOPES)?.try_into().map_err(wrong(maps::SCOPES))?,
-            vouched: open(maps::VOUCHED)?.try_into().map_err(wrong(maps::VOUCHED))?,
         })
-    }
-
-    /// Says until when, on the monotonic clock, a listener without a mark counts as the proxy's.
-    pub(super) fn vouch(&mut self, until: Duration) -> Result<(), Error> {
-        self.vouched.set(0, until.as_nanos() as u64, 0).map_err(failed("write", maps::VOUCHED))
     }
 
     /// Ids of the services that are there.

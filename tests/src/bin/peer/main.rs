@@ -8,6 +8,8 @@
 //!     peer datagrams ADDRESS      returns every datagram
 //!     peer sink ADDRESS           closes every connection, and says nothing of them
 //!
+//!     peer hook CGROUP            attaches a connect hook that lets everything pass
+//!
 //! Clients, which say what they saw:
 //!
 //!     peer connect [--mapped] [--non-blocking] ADDRESS     whom it is connected to, and who answers a request
@@ -21,6 +23,7 @@
 //!     peer load ADDRESS CLIENTS MILLISECONDS               how often each server answered, as JSON
 
 mod client;
+mod hook;
 mod server;
 
 use std::env;
@@ -51,6 +54,7 @@ fn run(args: &[&str]) -> anyhow::Result<()> {
         ["greet", address] => server::serve(&[address], server::greet),
         ["datagrams", address] => server::datagrams(address),
         ["sink", address] => server::sink(address),
+        ["hook", cgroup] => hook::attach(cgroup),
         ["datagram", address] => client::datagram(address.parse()?),
         ["connect", options @ .., address] => client::connect(address.parse()?, options),
         ["decide", addresses @ ..] => client::decide(addresses),
