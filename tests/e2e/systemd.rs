@@ -9,7 +9,10 @@ use std::time::Duration;
 use tests::{Footprint, INSTANCES, Machine, Metrics, ORIGIN, PROXY_CONFIG, Root, Sandbox, Status, Upstream};
 use tests::{binaries, eventually, wait_for};
 
-scenarios![only ebpf: a_unit_is_steered_across_restarts_and_all_is_uninstalled_without_a_trace];
+scenarios![only ebpf:
+    a_unit_is_steered_across_restarts_and_all_is_uninstalled_without_a_trace,
+    a_unit_that_is_restarted_fifty_times_never_escapes,
+];
 scenarios![only nftables: a_host_that_refuses_bpf_gets_a_table];
 
 /// A unit that never heard of the mesh: it connects as soon as it is started, and then over and over.
@@ -49,6 +52,33 @@ fn a_unit_is_steered_across_restarts_and_all_is_uninstalled_without_a_trace(sand
     assert_eq!(Footprint::of(sandbox), Footprint::default());
     shop.uninstall();
     assert_eq!(added(&files, &shop.run(LIST_FILES)), Vec::<&str>::new());
+}
+
+/// Connects with the first thing it does, and says whom it got.
+const FIRST: &str = "\
+[Service]
+Type=oneshot
+ExecStart=/usr/local/bin/peer connect 10.77.0.10:8080
+";
+
+const RESTARTS: usize = 25;
+
+fn a_unit_that_is_restarted_fifty_times_never_escapes(sandbox: &Sandbox) {
+    let shop = Shop::on_a_machine(sandbox);
+    fs::copy(binaries().join("peer"), shop.machine.root().path().join("usr/local/bin/peer")).expect("copy");
+    shop.machine.root().write("etc/systemd/system/first.service", FIRST);
+    shop.install();
+    shop.run("systemctl stop shop && mesh-redirect enable first");
+    let direct = shop.origin.requests();
+    let restart = format!("for i in $(seq {RESTARTS}); do systemctl restart first || exit 1; done");
+    shop.run(&restart);
+    shop.run("systemctl stop mesh-redirect");
+    shop.run(&restart);
+
+    let said = shop.run("journalctl --unit first --output cat");
+    let served = |by: &str| said.lines().filter(|line| *line == format!("10.77.0.10:8080 {by}")).count();
+    assert_eq!((served("a") + served("b"), served("origin")), (2 * RESTARTS, 0), "{said}");
+    assert_eq!(shop.origin.requests(), direct);
 }
 
 /// As a container runtime or a hardened host refuses it to the daemon, and to the step before a unit's start.
