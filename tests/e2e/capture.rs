@@ -1,6 +1,8 @@
 //! Which connections are steered, and which are left alone.
 
-use tests::{Answers, Counters, INSTANCES, Mesh, ORIGIN, ORIGIN_V6, Place, Sandbox, Upstream, answers, ask};
+use tests::{
+    Answers, Counters, Footprint, INSTANCES, Mesh, ORIGIN, ORIGIN_V6, Place, Sandbox, Upstream, answers, ask,
+};
 
 scenarios![
     an_excluded_network_is_left_alone,
@@ -13,6 +15,7 @@ scenarios![
     loopback_is_left_alone,
     a_datagram_socket_is_left_alone,
 ];
+scenarios![only ebpf: a_service_that_is_not_enabled_runs_no_program_of_ours];
 
 fn an_excluded_network_is_left_alone(sandbox: &Sandbox) {
     let settings = "capture:\n  exclude: [10.77.0.8/29, 'fd77::10/124']\n";
@@ -93,6 +96,20 @@ fn a_datagram_socket_is_left_alone(sandbox: &Sandbox) {
     let _server = Upstream::datagrams(sandbox, &address);
     sandbox.peer(Place::Shop).args(["datagram", &address]).run().is(&format!("{address} echo"));
     assert_eq!(mesh.agent.counters("shop").steered, 0);
+}
+
+/// By the kernel's own count.
+fn a_service_that_is_not_enabled_runs_no_program_of_ours(sandbox: &Sandbox) {
+    let _mesh = Mesh::enabled(sandbox, "");
+    let mut counting = sandbox.peer(Place::Outside).arg("count-runs").serve(sandbox.path("counting.log"));
+    counting.wait_until(|counting| counting.log().contains("counting"));
+    let steering = Footprint::of(sandbox);
+    for place in [Place::Outside, Place::Stock, Place::Cart] {
+        ask(sandbox, place, &format!("{ORIGIN}:8080")).is("origin");
+    }
+    assert_eq!(steering.runs(), 0);
+    answers(sandbox).are_balanced();
+    assert!(steering.runs() >= 6, "the kernel counts: {}", steering.runs());
 }
 
 /// Who answers the shop at each of these addresses.

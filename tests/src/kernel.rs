@@ -48,6 +48,19 @@ impl Footprint {
         *self == Self::default()
     }
 
+    /// How often the programs at services' cgroups ran, while the kernel counted it.
+    pub fn runs(&self) -> u64 {
+        let programs = list(&["prog", "show"]);
+        let ours = programs
+            .iter()
+            .filter(|program| program["id"].as_u64().is_some_and(|id| self.programs.contains(&id)));
+        let at_services = ours.filter(|program| {
+            let name = program["name"].as_str().unwrap_or_default();
+            ["mr_connect", "mr_peername", "mr_client"].iter().any(|start| name.starts_with(start))
+        });
+        at_services.filter_map(|program| program["run_cnt"].as_u64()).sum()
+    }
+
     /// Waits until the kernel has let go of all of it, which it does a moment after the last reference.
     ///
     /// # Panics

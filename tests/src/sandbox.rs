@@ -113,7 +113,12 @@ impl Sandbox {
 
     /// The same, next to the proxy, in a cgroup of another name.
     pub fn peer_in(&self, cgroup: &str) -> Program<'_> {
-        Program::new(&self.here, &self.cgroup.below(cgroup), &host::binary("peer"))
+        self.program_in(cgroup, host::binary("peer"))
+    }
+
+    /// A program of the machine's, likewise.
+    pub fn program_in(&self, cgroup: &str, program: impl AsRef<Path>) -> Program<'_> {
+        Program::new(&self.here, &self.cgroup.below(cgroup), program.as_ref())
     }
 
     /// Connects, or does whatever else, where the service and the proxy are.

@@ -9,6 +9,7 @@
 //!     peer sink ADDRESS           closes every connection, and says nothing of them
 //!
 //!     peer hook CGROUP            attaches a connect hook that lets everything pass
+//!     peer count-runs             has the kernel count how often programs run
 //!
 //! Clients, which say what they saw:
 //!
@@ -54,6 +55,7 @@ fn run(args: &[&str]) -> anyhow::Result<()> {
         ["greet", address] => server::serve(&[address], server::greet),
         ["datagrams", address] => server::datagrams(address),
         ["sink", address] => server::sink(address),
+        ["count-runs"] => hook::count_runs(),
         ["hook", cgroup] => hook::attach(cgroup),
         ["datagram", address] => client::datagram(address.parse()?),
         ["connect", options @ .., address] => client::connect(address.parse()?, options),
