@@ -6,6 +6,7 @@
 //! | `POST /v1/enable` with [`Change`] | [`Changed`] |
 //! | `POST /v1/disable` with [`Change`] | [`Changed`] |
 //! | `POST /v1/services/NAME/commands` | [`Joined`]: the calling process is in a steered cgroup of its own now |
+//! | `POST /v1/services/NAME/processes` with [`Process`] | [`Joined`]: it and its descendants are in a steered cgroup |
 //! | `POST /v1/services/NAME/cgroups` | [`Joined`]: the cgroup of the calling process is steered as the service's now |
 //!
 //! What fails answers 4xx or 5xx with [`Refusal`].
@@ -101,6 +102,13 @@ pub(crate) struct ChangedService {
     pub(crate) service: String,
     /// False where it was so already.
     pub(crate) changed: bool,
+}
+
+/// A process that shall be steered, with its descendants.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(crate) struct Process {
+    pub(crate) pid: u32,
 }
 
 /// A process is steered.

@@ -45,6 +45,13 @@ pub(crate) enum Command {
         #[arg(last = true, required = true, value_name = "COMMAND")]
         command: Vec<OsString>,
     },
+    /// Steer a running process and its descendants as a service, in a cgroup of their own
+    Adopt {
+        /// Whose policy applies; need not be enabled, nor exist
+        service: String,
+        /// The process; its open sockets stay as they are
+        pid: u32,
+    },
     /// Attach to the cgroup this runs in, without a daemon: for a unit's ExecStartPre=
     Attach(Attach),
     /// Tell what the configured policy does with connections of a service, and which capture says so

@@ -46,6 +46,7 @@ pub(crate) fn run(cli: Cli) -> anyhow::Result<ExitCode> {
         Command::Disable { change } => self::change(&config, "/v1/disable", "disabled", change, false)?,
         Command::Status { output } => status(&config, output)?,
         Command::Exec { service, command } => exec(&config, &service, &command)?,
+        Command::Adopt { service, pid } => adopt(&config, &service, pid)?,
         Command::Attach(attach) => self::attach(&config, &attach)?,
         Command::Explain { service, destinations, output } => {
             return explain(&config, &service, &destinations, output);
@@ -125,6 +126,14 @@ fn exec(config: &Config, service: &str, command: &[OsString]) -> anyhow::Result<
     let [program, arguments @ ..] = command else { bail!("no command") };
     let error = std::process::Command::new(program).args(arguments).exec();
     Err(error).with_context(|| format!("run {}", program.to_string_lossy()))
+}
+
+fn adopt(config: &Config, service: &str, pid: u32) -> anyhow::Result<()> {
+    check_name(service).map_err(anyhow::Error::msg)?;
+    let path = format!("/v1/services/{service}/processes");
+    let joined: api::Joined = client::post(&config.paths.run, &path, Some(&api::Process { pid }))?;
+    let notes = joined.notes.iter().map(|note| format!("note: {note}\n")).collect::<String>();
+    print(&format!("process {pid} and its descendants are in {}\n{notes}", joined.cgroup))
 }
 
 /// With eBPF it needs no daemon: what is pinned is attached. With nf_tables only a daemon keeps the proxy alive.

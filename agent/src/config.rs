@@ -3,7 +3,7 @@
 mod raw;
 
 use crate::mode::{Mode, Wanted};
-use raw::{RawCapture, RawConfig, RawMode, RawService};
+use raw::{RawCapture, RawConfig, RawMode, RawProxy, RawScope, RawService};
 use serde_saphyr::{Location, Spanned};
 use std::{
     collections::BTreeMap,
@@ -61,6 +61,12 @@ pub(crate) enum Scope {
     Cgroup(String),
     /// A systemd unit.
     Unit(String),
+    /// A unit of a user's own systemd (`systemctl --user`).
+    UserUnit { user: u32, unit: String },
+    /// All processes of a user's.
+    User(u32),
+    /// A container, by its id, the beginning of it, or its name.
+    Container(String),
 }
 
 impl Scope {
@@ -68,7 +74,7 @@ impl Scope {
     pub(crate) fn unit(&self) -> Option<&str> {
         match self {
             Self::Unit(unit) => Some(unit),
-            Self::Cgroup(_) => None,
+            _ => None,
         }
     }
 }
@@ -78,6 +84,9 @@ impl fmt::Display for Scope {
         match self {
             Self::Cgroup(path) => write!(f, "cgroup {path}"),
             Self::Unit(unit) => f.write_str(unit),
+            Self::UserUnit { user, unit } => write!(f, "{unit} of user {user}"),
+            Self::User(user) => write!(f, "user {user}"),
+            Self::Container(name) => write!(f, "container {name}"),
         }
     }
 }
@@ -216,14 +225,12 @@ impl RawConfig {
             state: absolute(self.paths.state, "/var/lib/mesh-redirect")?,
             pins: pins(self.paths.pins)?,
         };
+        let RawProxy { port, admin, unit, cgroup } = self.proxy;
+        let scope = RawScope { unit, cgroup, ..RawScope::default() }.validate()?;
         let proxy = Proxy {
-            port: self.proxy.port.map_or(15001, raw::Port::get),
-            admin: self
-                .proxy
-                .admin
-                .map_or(SocketAddr::from((Ipv4Addr::LOCALHOST, 15000)), |admin| admin.value),
-            scope: scope(self.proxy.unit, self.proxy.cgroup)?
-                .unwrap_or_else(|| Scope::Unit("mesh-proxy.service".to_owned())),
+            port: port.map_or(15001, raw::Port::get),
+            admin: admin.map_or(SocketAddr::from((Ipv4Addr::LOCALHOST, 15000)), |admin| admin.value),
+            scope: scope.unwrap_or_else(|| Scope::Unit("mesh-proxy.service".to_owned())),
         };
         let mut services = BTreeMap::new();
         for (raw::Name(name), raw) in self.services {
@@ -245,7 +252,8 @@ fn service(raw: RawService, defaults: &Policy) -> Result<Service, Fault> {
         include: include.map_or_else(|| Arc::clone(&defaults.include), Into::into),
         exclude: exclude.map_or_else(|| Arc::clone(&defaults.exclude), Into::into),
     };
-    Ok(Service { scope: scope(raw.unit, raw.cgroup)?, policy })
+    let RawService { unit, cgroup, user, container, .. } = raw;
+    Ok(Service { scope: RawScope { unit, cgroup, user, container }.validate()?, policy })
 }
 
 /// Steered unless something says otherwise.
@@ -253,18 +261,46 @@ fn anything() -> Arc<[Capture]> {
     [Capture { cidr: None, ports: Vec::new() }].into()
 }
 
-fn scope(unit: Option<Spanned<String>>, cgroup: Option<Spanned<String>>) -> Result<Option<Scope>, Fault> {
-    match (unit, cgroup) {
-        (Some(unit), Some(_)) => fault(&unit, "both `unit` and `cgroup` are given; expected one of them"),
-        (Some(unit), None) => match check_unit(&unit.value) {
-            Ok(()) => Ok(Some(Scope::Unit(unit.value))),
-            Err(message) => fault(&unit, message),
-        },
-        (None, Some(cgroup)) => match check_cgroup(&cgroup.value) {
-            Ok(()) => Ok(Some(Scope::Cgroup(cgroup.value))),
-            Err(message) => fault(&cgroup, message),
-        },
-        (None, None) => Ok(None),
+impl RawScope {
+    fn validate(self) -> Result<Option<Scope>, Fault> {
+        let user = self.user.map(|user| user_id(&user)).transpose()?;
+        match (self.unit, self.cgroup, self.container, user) {
+            (Some(unit), None, None, user) => {
+                check_unit(&unit.value).or_else(|message| fault(&unit, message))?;
+                let unit = unit.value;
+                Ok(Some(match user {
+                    Some(user) => Scope::UserUnit { user, unit },
+                    None => Scope::Unit(unit),
+                }))
+            }
+            (None, Some(cgroup), None, None) => {
+                check_cgroup(&cgroup.value).or_else(|message| fault(&cgroup, message))?;
+                Ok(Some(Scope::Cgroup(cgroup.value)))
+            }
+            (None, None, Some(container), None) => {
+                check_name(&container.value).or_else(|message| fault(&container, message))?;
+                Ok(Some(Scope::Container(container.value)))
+            }
+            (None, None, None, user) => Ok(user.map(Scope::User)),
+            (unit, cgroup, container, _) => {
+                let first = [unit, cgroup, container].into_iter().flatten().next();
+                let message = "more than one of `unit`, `cgroup`, `container` and `user` are given; expected one of them, or `unit` and `user`";
+                first.map_or(Ok(None), |first| fault(&first, message))
+            }
+        }
+    }
+}
+
+/// A number, or the name of somebody this host knows.
+fn user_id(user: &Spanned<raw::User>) -> Result<u32, Fault> {
+    let name = match &user.value {
+        raw::User::Id(id) => return Ok(*id),
+        raw::User::Name(name) => name,
+    };
+    match nix::unistd::User::from_name(name) {
+        Ok(Some(found)) => Ok(found.uid.as_raw()),
+        Ok(None) => fault(user, format!("there is no user `{}` on this host", name.escape_debug())),
+        Err(error) => fault(user, format!("look up user `{}`: {error}", name.escape_debug())),
     }
 }
 

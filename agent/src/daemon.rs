@@ -38,6 +38,8 @@ pub(crate) enum Request {
     Disable(api::Change, Reply<api::Changed>),
     /// Steer a process as a service, in a cgroup of its own.
     Join(String, i32, Reply<api::Joined>),
+    /// Steer a process that runs, and its descendants, likewise.
+    Adopt(String, u32, Reply<api::Joined>),
     /// Steer the cgroup that a process is in as a service's: the unit is about to start there.
     Attach(String, i32, Reply<api::Joined>),
     /// Whether the proxy is ready for IPv4 and for IPv6.
@@ -59,6 +61,8 @@ pub(crate) enum Error {
         "no service matches `{pattern}`; patterns are for services of the configuration, and with --all-matching for systemd units"
     )]
     NoMatch { pattern: String },
+    #[error("there is no process {0}")]
+    NoProcess(u32),
     #[error("{0}")]
     BadPattern(String),
     #[error("{action} the step before units' starts: {cause}")]
@@ -144,6 +148,7 @@ impl Daemon {
                 Ok(Request::Enable(change, reply)) => answer(reply, self.enable(&change)),
                 Ok(Request::Disable(change, reply)) => answer(reply, self.disable(&change)),
                 Ok(Request::Join(name, pid, reply)) => answer(reply, self.join(&name, pid)),
+                Ok(Request::Adopt(name, pid, reply)) => answer(reply, self.adopt(&name, pid)),
                 Ok(Request::Attach(name, pid, reply)) => answer(reply, self.attach(&name, pid)),
                 Ok(Request::Proxy(ready)) => self.hear_of_proxy(ready),
                 Ok(Request::Stop) | Err(RecvTimeoutError::Disconnected) => return,
@@ -247,10 +252,33 @@ impl Daemon {
 
     fn drop_in(&self, service: &str, scope: &Scope) -> Option<DropIn> {
         let required = self.config.policy(service).failure == Failure::Closed;
-        Some(DropIn { unit: scope.unit()?.to_owned(), service: service.to_owned(), required })
+        // Slices and scopes have no step before their start.
+        let unit = scope.unit().filter(|unit| unit.ends_with(".service"))?;
+        Some(DropIn { unit: unit.to_owned(), service: service.to_owned(), required })
     }
 
+    /// One process, which is about to become the command.
     fn join(&mut self, name: &str, pid: i32) -> Result<api::Joined, Error> {
+        self.take_in(name, pid.cast_unsigned(), |dir| fs::write(dir.join("cgroup.procs"), pid.to_string()))
+    }
+
+    /// A process that runs, and all that descend from it.
+    fn adopt(&mut self, name: &str, pid: u32) -> Result<api::Joined, Error> {
+        if workload::descendants(pid).is_empty() {
+            return Err(Error::NoProcess(pid));
+        }
+        let mut joined = self.take_in(name, pid, |dir| move_tree(dir, pid))?;
+        joined.notes.insert(0, "sockets that are open already stay as they are".to_owned());
+        Ok(joined)
+    }
+
+    /// Has processes moved to a new cgroup that is steered as a service.
+    fn take_in(
+        &mut self,
+        name: &str,
+        pid: u32,
+        move_to: impl Fn(&Path) -> io::Result<()>,
+    ) -> Result<api::Joined, Error> {
         check_name(name).map_err(Error::BadName)?;
         self.commands += 1;
         let cgroup = format!("{COMMANDS}/{name}-{pid}-{}", self.commands);
@@ -262,9 +290,7 @@ impl Daemon {
         fs::create_dir_all(&dir).map_err(io("create cgroup"))?;
         let mut next = self.state.clone();
         next.add_command(name, cgroup.clone());
-        let joined = self.commit(next).and_then(|()| {
-            fs::write(dir.join("cgroup.procs"), pid.to_string()).map_err(io("move the command into cgroup"))
-        });
+        let joined = self.commit(next).and_then(|()| move_to(&dir).map_err(io("move processes into cgroup")));
         if let Err(error) = joined {
             self.reconcile()?;
             return Err(error);
@@ -402,6 +428,29 @@ fn expand(asked: &[String], known: &[String]) -> Result<Vec<String>, Error> {
     let mut seen = BTreeSet::new();
     names.retain(|name| seen.insert(name.clone()));
     Ok(names)
+}
+
+/// Until all are there: some may be born while others are moved.
+fn move_tree(dir: &Path, pid: u32) -> io::Result<()> {
+    const ROUNDS: usize = 100;
+    let procs = dir.join("cgroup.procs");
+    for _ in 0..ROUNDS {
+        let there = fs::read_to_string(&procs)?;
+        let there: BTreeSet<u32> = there.lines().filter_map(|line| line.parse().ok()).collect();
+        let missing: Vec<u32> =
+            workload::descendants(pid).into_iter().filter(|pid| !there.contains(pid)).collect();
+        if missing.is_empty() {
+            return Ok(());
+        }
+        for pid in missing {
+            match fs::write(&procs, pid.to_string()) {
+                // It has ended meanwhile.
+                Err(error) if error.raw_os_error() == Some(libc::ESRCH) => {}
+                result => result?,
+            }
+        }
+    }
+    Err(io::Error::other("its descendants are born faster than they can be moved"))
 }
 
 fn is_used(dir: &Path) -> bool {

@@ -44,6 +44,9 @@ pub(crate) fn everything(
     workloads.look_up(scopes.iter().filter_map(Scope::unit));
     for ((name, entry), scope) in state.iter().zip(&scopes) {
         let mut service = service(config, name, entry, compiled)?;
+        if let (true, Scope::User(user)) = (entry.enabled, scope) {
+            service.users.push(*user);
+        }
         if entry.enabled {
             service.scopes.extend(workloads.cgroup(scope));
         }

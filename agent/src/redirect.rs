@@ -111,7 +111,7 @@ pub(crate) struct Service {
     pub(crate) entries: Arc<[Entry]>,
     /// Where its processes are now; none for a unit that does not run.
     pub(crate) scopes: Vec<Cgroup>,
-    /// Whose processes are its processes, whatever cgroup they are in.
+    /// Whose processes are its processes, whatever cgroup they are in; eBPF knows them by the user's slice alone.
     pub(crate) users: Vec<u32>,
 }
 

@@ -10,7 +10,7 @@ use http_body_util::{BodyExt as _, Full, Limited};
 use hyper::{Method, Response, StatusCode, body::Incoming, service::service_fn};
 use hyper_util::rt::{TokioIo, TokioTimer};
 use nix::sys::stat;
-use serde::Serialize;
+use serde::{Serialize, de::DeserializeOwned};
 use std::{
     convert::Infallible,
     fs, io,
@@ -103,11 +103,11 @@ async fn respond(
         (_, ["v1", "services", name, ..]) if check_name(name).is_err() => {
             json(StatusCode::BAD_REQUEST, &api::Refusal { error: check_name(name).err().unwrap_or_default() })
         }
-        (&Method::POST, ["v1", "enable"]) => match change(body).await {
+        (&Method::POST, ["v1", "enable"]) => match read(body).await {
             Ok(change) => ask(requests, |reply| Request::Enable(change, reply)).await,
             Err(error) => refuse(StatusCode::BAD_REQUEST, &error),
         },
-        (&Method::POST, ["v1", "disable"]) => match change(body).await {
+        (&Method::POST, ["v1", "disable"]) => match read(body).await {
             Ok(change) => ask(requests, |reply| Request::Disable(change, reply)).await,
             Err(error) => refuse(StatusCode::BAD_REQUEST, &error),
         },
@@ -115,18 +115,26 @@ async fn respond(
             Some(pid) => ask(requests, |reply| Request::Join((*name).to_owned(), pid, reply)).await,
             None => refuse(StatusCode::BAD_REQUEST, "the kernel does not tell who is calling"),
         },
+        (&Method::POST, ["v1", "services", name, "processes"]) => match read::<api::Process>(body).await {
+            Ok(api::Process { pid }) => {
+                ask(requests, |reply| Request::Adopt((*name).to_owned(), pid, reply)).await
+            }
+            Err(error) => refuse(StatusCode::BAD_REQUEST, &error),
+        },
         (&Method::POST, ["v1", "services", name, "cgroups"]) => match pid {
             Some(pid) => ask(requests, |reply| Request::Attach((*name).to_owned(), pid, reply)).await,
             None => refuse(StatusCode::BAD_REQUEST, "the kernel does not tell who is calling"),
         },
-        (_, ["v1", "status" | "enable" | "disable"] | ["v1", "services", _, "commands" | "cgroups"]) => {
-            refuse(StatusCode::METHOD_NOT_ALLOWED, "this path does not know this method")
-        }
+        (
+            _,
+            ["v1", "status" | "enable" | "disable"]
+            | ["v1", "services", _, "commands" | "cgroups" | "processes"],
+        ) => refuse(StatusCode::METHOD_NOT_ALLOWED, "this path does not know this method"),
         _ => refuse(StatusCode::NOT_FOUND, "no such path; see the reference of the control socket"),
     }
 }
 
-async fn change(body: Incoming) -> Result<api::Change, String> {
+async fn read<T: DeserializeOwned>(body: Incoming) -> Result<T, String> {
     let body =
         Limited::new(body, MAX_BODY).collect().await.map_err(|error| format!("read the body: {error}"))?;
     serde_json::from_slice(&body.to_bytes()).map_err(|error| format!("read the body: {error}"))
@@ -149,7 +157,9 @@ async fn ask<T: Serialize>(
 
 fn status_of(error: &daemon::Error) -> StatusCode {
     match error {
-        daemon::Error::Unknown(_) | daemon::Error::NotEnabled(_) => StatusCode::NOT_FOUND,
+        daemon::Error::Unknown(_) | daemon::Error::NotEnabled(_) | daemon::Error::NoProcess(_) => {
+            StatusCode::NOT_FOUND
+        }
         daemon::Error::BadName(_)
         | daemon::Error::NoMatch { .. }
         | daemon::Error::BadPattern(_)

@@ -1,12 +1,20 @@
 //! What a service is on this host: from its name to the cgroup its processes are in.
 
+mod container;
 pub(crate) mod systemd;
 
 use crate::{
     config::{Config, Scope},
     redirect::Cgroup,
 };
-use std::{collections::HashMap, fs, io, path::Path, path::PathBuf, time::Duration, time::Instant};
+use std::{
+    collections::{BTreeSet, HashMap},
+    fs, io,
+    path::Path,
+    path::PathBuf,
+    time::Duration,
+    time::Instant,
+};
 
 /// How long a unit that does not run is not asked for again. Its own start attaches it in any case.
 const ASK_AGAIN: Duration = Duration::from_secs(5);
@@ -53,6 +61,8 @@ fn hint(names: &[String]) -> String {
 pub(crate) struct Workloads {
     cgroup_root: PathBuf,
     units: HashMap<String, UnitCgroup>,
+    /// Ids of containers by their names, and when they were asked for.
+    containers: HashMap<String, (Option<String>, Instant)>,
 }
 
 #[derive(Debug)]
@@ -65,7 +75,7 @@ struct UnitCgroup {
 impl Workloads {
     /// Below a cgroup2 mount.
     pub(crate) fn new(cgroup_root: PathBuf) -> Self {
-        Self { cgroup_root, units: HashMap::new() }
+        Self { cgroup_root, units: HashMap::new(), containers: HashMap::new() }
     }
 
     /// The cgroup2 mount.
@@ -113,6 +123,12 @@ impl Workloads {
         match scope {
             Scope::Cgroup(path) => Cgroup::open(&self.dir(path)).ok(),
             Scope::Unit(unit) => self.unit_cgroup(unit),
+            Scope::User(user) => Cgroup::open(&self.dir(&user_slice(*user))).ok(),
+            Scope::UserUnit { user, unit } => {
+                let manager = self.dir(&format!("{}/user@{user}.service", user_slice(*user)));
+                below(&manager, USER_UNIT_DEPTH, &|name| name == unit)
+            }
+            Scope::Container(name) => self.container(name),
         }
     }
 
@@ -144,6 +160,24 @@ impl Workloads {
         self.cgroup_root.join(path.trim_start_matches('/'))
     }
 
+    /// The runtime is asked for the id only where no cgroup bears the name, and not again and again.
+    fn container(&mut self, name: &str) -> Option<Cgroup> {
+        let found = |id: &str| below(&self.cgroup_root, CONTAINER_DEPTH, &|dir| container::is_named(dir, id));
+        if let Some(cgroup) = found(name) {
+            return Some(cgroup);
+        }
+        let known = self.containers.get(name);
+        let id = match known {
+            Some((id, asked)) if id.is_some() || asked.elapsed() < ASK_AGAIN => id.clone(),
+            _ => {
+                let id = container::id(name);
+                self.containers.insert(name.to_owned(), (id.clone(), Instant::now()));
+                id
+            }
+        };
+        found(&id?)
+    }
+
     /// Asks systemd for those of these units whose cgroup is not known and there, all at once.
     pub(crate) fn look_up<'u>(&mut self, units: impl Iterator<Item = &'u str>) {
         let unknown = |unit: &&str| match self.units.get(*unit) {
@@ -172,10 +206,64 @@ impl Workloads {
     }
 }
 
+/// A process and all that descend from it; none where it is not there.
+pub(crate) fn descendants(pid: u32) -> BTreeSet<u32> {
+    let entries = fs::read_dir("/proc").into_iter().flatten().flatten();
+    let pids = entries.filter_map(|entry| entry.file_name().to_str()?.parse::<u32>().ok());
+    let parents: Vec<(u32, u32)> = pids.filter_map(|pid| Some((pid, parent(pid)?))).collect();
+    let mut found: BTreeSet<u32> =
+        parents.iter().map(|(pid, _)| *pid).filter(|found| *found == pid).collect();
+    loop {
+        let is_child = |(pid, parent): &&(u32, u32)| found.contains(parent) && !found.contains(pid);
+        let children: Vec<u32> = parents.iter().filter(is_child).map(|(pid, _)| *pid).collect();
+        if children.is_empty() {
+            return found;
+        }
+        found.extend(children);
+    }
+}
+
+/// The fourth field of /proc/PID/stat (proc_pid_stat(5)); none of a process that has ended and only waits to be counted.
+fn parent(pid: u32) -> Option<u32> {
+    let stat = fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
+    // The second field, a name, may hold anything.
+    let (_, rest) = stat.rsplit_once(')')?;
+    let mut fields = rest.split_whitespace();
+    fields.next().filter(|state| *state != "Z")?;
+    fields.next()?.parse().ok()
+}
+
 /// Services by the names of this host's units.
 pub(crate) fn unit_services() -> impl Iterator<Item = String> {
     let name = |unit: String| Some(unit.strip_suffix(".service")?.to_owned());
     systemd::units().into_iter().filter_map(name)
+}
+
+/// How deep below its user's manager a unit is: in a slice of the application, or in a slice of that.
+const USER_UNIT_DEPTH: u32 = 3;
+/// How deep below the root a container is: in the slices of Kubernetes, a pod's and a class's.
+const CONTAINER_DEPTH: u32 = 6;
+
+fn user_slice(user: u32) -> String {
+    format!("/user.slice/user-{user}.slice")
+}
+
+/// The first cgroup below a directory whose name is the one that is looked for; nearer ones first.
+fn below(dir: &Path, depth: u32, is_it: &dyn Fn(&str) -> bool) -> Option<Cgroup> {
+    let mut level = vec![dir.to_owned()];
+    for _ in 0..depth {
+        let entries = level.iter().flat_map(|dir| fs::read_dir(dir).into_iter().flatten().flatten());
+        let dirs: Vec<PathBuf> = entries
+            .filter(|entry| entry.file_type().is_ok_and(|kind| kind.is_dir()))
+            .map(|entry| entry.path())
+            .collect();
+        let named = |dir: &&PathBuf| dir.file_name().and_then(|name| name.to_str()).is_some_and(is_it);
+        if let Some(found) = dirs.iter().find(named) {
+            return Cgroup::open(found).ok();
+        }
+        level = dirs;
+    }
+    None
 }
 
 fn implied_unit(name: &str) -> String {

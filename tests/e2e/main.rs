@@ -51,6 +51,7 @@ mod harness;
 mod listener;
 mod liveness;
 mod nftables;
+mod scope;
 mod systemd;
 mod tunnel;
 mod undo;

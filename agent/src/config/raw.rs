@@ -42,6 +42,8 @@ pub(super) struct RawProxy {
 pub(super) struct RawService {
     pub(super) unit: Option<Spanned<String>>,
     pub(super) cgroup: Option<Spanned<String>>,
+    pub(super) user: Option<Spanned<User>>,
+    pub(super) container: Option<Spanned<String>>,
     pub(super) failure: Option<Failure>,
     pub(super) capture: RawCapture,
 }
@@ -51,6 +53,23 @@ pub(super) struct RawService {
 pub(super) struct RawCapture {
     pub(super) include: Option<Vec<Capture>>,
     pub(super) exclude: Option<Vec<Capture>>,
+}
+
+/// What a service, or the proxy, is to the host, as it is written.
+#[derive(Debug, Default)]
+pub(super) struct RawScope {
+    pub(super) unit: Option<Spanned<String>>,
+    pub(super) cgroup: Option<Spanned<String>>,
+    pub(super) user: Option<Spanned<User>>,
+    pub(super) container: Option<Spanned<String>>,
+}
+
+/// A user, by number or by name.
+#[derive(Clone, Debug, Deserialize)]
+#[serde(untagged)]
+pub(super) enum User {
+    Id(u32),
+    Name(String),
 }
 
 /// How connections are steered.

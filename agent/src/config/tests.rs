@@ -33,6 +33,16 @@ fn a_service_inherits_what_it_does_not_say() {
 }
 
 #[test]
+fn a_service_is_a_unit_a_cgroup_a_user_a_users_unit_or_a_container() {
+    let config = parse("services:\n  a: { user: root }\n  b: { user: 1000, unit: app.service }\n  c: { container: web-1 }\n  d: { unit: shop.slice }\n").unwrap();
+    let scope = |name: &str| config.services[name].scope.clone().unwrap();
+    assert_eq!(scope("a"), Scope::User(0));
+    assert_eq!(scope("b"), Scope::UserUnit { user: 1000, unit: "app.service".into() });
+    assert_eq!(scope("c"), Scope::Container("web-1".into()));
+    assert_eq!(scope("d"), Scope::Unit("shop.slice".into()));
+}
+
+#[test]
 fn captures_are_blocks_ports_or_both() {
     let config = parse("capture:\n  include:\n    - fd00::/8\n    - 10.1.2.3\n    - { cidr: 10.0.0.0/8, ports: [80, 8000-8999] }\n    - ports: [5432]\n").unwrap();
     let cidr = |text: &str| Some(text.parse().unwrap());
@@ -68,6 +78,9 @@ fn every_fault_is_named_with_its_place_and_what_was_expected() {
         ("capture:\n  exclude:\n    - port: 80\n", "3:7", "unknown field `port`"),
         ("services:\n  a: { cgroup: /a }\n  a: { cgroup: /b }\n", "3:3", "duplicate"),
         ("services:\n  a: { cgroup: /a, unit: a.service }\n", "2:26", "expected one of them"),
+        ("services:\n  a: { cgroup: /a, user: 7 }\n", "2:16", "expected one of them"),
+        ("services:\n  a: { user: nobody-at-all }\n", "2:14", "no user `nobody-at-all`"),
+        ("services:\n  a: { container: a/b }\n", "2:19", "is not a service name"),
         ("services:\n  a: { cgroup: a }\n", "2:16", "expected a path below the cgroup2 mount"),
         ("services:\n  a: { cgroup: / }\n", "2:16", "not its root"),
         ("services:\n  a: { cgroup: /x/../y }\n", "2:16", "is not a cgroup"),

@@ -305,6 +305,7 @@ fn add(rule: &mut nftnl::Rule<'_>, statement: &Statement) {
         Statement::Reject => rule.add_expr(&Verdict::Reject(RejectionType::TcpRst)),
         Statement::Goto(chain) => rule.add_expr(&Verdict::Goto { chain: text(chain) }),
         Statement::Return => rule.add_expr(&Verdict::Return),
+        Statement::Accept => rule.add_expr(&Verdict::Accept),
     }
 }
 

@@ -5,7 +5,7 @@
 //! alive, by a set whose elements the daemon renews and the kernel lets expire. Each of the three costs the same
 //! however many services and entries there are.
 
-use super::super::{Desired, Service};
+use super::super::{Cgroup, Desired, Service};
 use crate::{
     config::{Failure, Ports},
     rules::{self, Range},
@@ -94,6 +94,7 @@ pub(super) enum Statement {
     Reject,
     Goto(String),
     Return,
+    Accept,
 }
 
 /// What is counted of a service, and where [`super::counters`] finds it.
@@ -168,10 +169,12 @@ impl Ruleset {
         let mut levels: BTreeMap<u32, BTreeMap<u64, String>> = BTreeMap::new();
         let mut users: BTreeMap<u32, String> = BTreeMap::new();
         for service in &desired.services {
-            for cgroup in &service.scopes {
-                let below = cgroup.dir.strip_prefix(cgroup_root).unwrap_or(&cgroup.dir);
-                let level = levels.entry(below.components().count() as u32).or_default();
-                level.insert(cgroup.id, service_chain(service));
+            // One who is known by the user need not be known by the user's slice too.
+            for cgroup in service.scopes.iter().filter(|_| service.users.is_empty()) {
+                levels
+                    .entry(level(cgroup, cgroup_root))
+                    .or_default()
+                    .insert(cgroup.id, service_chain(service));
             }
             users.extend(service.users.iter().map(|&user| (user, service_chain(service))));
         }
@@ -182,11 +185,22 @@ impl Ruleset {
             self.sets.push(Set { name, content: Content::Cgroups(cgroups) });
         }
         if !users.is_empty() {
+            rules.extend(self.add_proxy(desired, cgroup_root));
             let name = "users".to_owned();
             rules.push(Rule::from(vec![Statement::ByUser(name.clone())]));
             self.sets.push(Set { name, content: Content::Users(users) });
         }
         rules
+    }
+
+    /// What the proxy connects to must not come back to it, whoever it runs as.
+    fn add_proxy(&mut self, desired: &Desired, cgroup_root: &Path) -> Option<Rule> {
+        let proxy = desired.proxy.as_ref()?;
+        let name = "proxy".to_owned();
+        self.chains.push(Chain { name: name.clone(), rules: vec![Rule::from(vec![Statement::Accept])] });
+        let cgroups = BTreeMap::from([(proxy.id, name.clone())]);
+        self.sets.push(Set { name: name.clone(), content: Content::Cgroups(cgroups) });
+        Some(Rule::from(vec![Statement::ByCgroup(level(proxy, cgroup_root), name)]))
     }
 
     /// The first rule says whose table it is, and which: by it an `apply` sees that there is nothing to do.
@@ -226,6 +240,11 @@ impl Ruleset {
         self.counters.hash(&mut hasher);
         format!("mesh-redirect {} {:016x}", env!("CARGO_PKG_VERSION"), hasher.finish())
     }
+}
+
+/// How many levels below the root of the hierarchy a cgroup is.
+fn level(cgroup: &Cgroup, cgroup_root: &Path) -> u32 {
+    cgroup.dir.strip_prefix(cgroup_root).unwrap_or(&cgroup.dir).components().count() as u32
 }
 
 /// What is counted of each service.
@@ -336,6 +355,7 @@ impl fmt::Display for Statement {
             Self::Reject => f.write_str("reject with tcp reset"),
             Self::Goto(chain) => write!(f, "goto {chain}"),
             Self::Return => f.write_str("return"),
+            Self::Accept => f.write_str("accept"),
         }
     }
 }
