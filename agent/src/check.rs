@@ -43,15 +43,14 @@ impl Line {
 }
 
 /// Looks at everything.
-pub(crate) fn all(config: &Config) -> Vec<Line> {
-    let facts = probe::facts(config);
+pub(crate) fn all(config: &Config, facts: &Facts) -> Vec<Line> {
     vec![
         kernel(),
         cgroup2(),
         privileges(),
-        ebpf(&facts),
-        nftables(&facts),
-        mode(config, &facts),
+        ebpf(facts),
+        nftables(facts),
+        mode(config, facts),
         daemon(config),
         proxy_listens(config),
         proxy_attached(config),

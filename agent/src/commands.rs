@@ -212,11 +212,13 @@ fn remove_command_cgroups(file: &StateFile) {
 }
 
 fn check(config: &Config, output: Output) -> anyhow::Result<ExitCode> {
-    let lines = check::all(config);
+    let facts = probe::facts(config);
+    let lines = check::all(config, &facts);
     if output.json {
         print_json(&lines)?;
     } else {
-        print(&present::check(&lines))?;
+        let chosen = mode::choose(config.mode, &facts).ok().map(|choice| choice.mode);
+        print(&(present::check(&lines) + &present::capabilities(&facts, chosen)))?;
     }
     let good = lines.iter().all(|line| line.ok || !line.required);
     Ok(if good { ExitCode::SUCCESS } else { ExitCode::FAILURE })

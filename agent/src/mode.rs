@@ -16,6 +16,20 @@ pub(crate) enum Mode {
 /// The best first.
 pub(crate) const ALL: [Mode; 2] = [Mode::Ebpf, Mode::Nftables];
 
+/// What each mode can and cannot do, in the order of [`ALL`]. The README has the same table.
+pub(crate) const CAPABILITIES: [(&str, [&str; ALL.len()]); 10] = [
+    ("TCP to names and to addresses, IPv4, IPv6 and IPv4-mapped", ["yes", "yes"]),
+    ("static binaries, any language and C library", ["yes", "yes"]),
+    ("a service is", ["a cgroup", "a cgroup or a user"]),
+    ("the proxy is gone", ["known at once", "known within half a second"]),
+    ("the daemon is gone", ["nothing changes", "as if the proxy were gone, after 3 s"]),
+    ("a unit restarts: steered from its first connection", ["yes", "while the daemon runs"]),
+    ("the application sees the peer it asked for", ["yes", "yes"]),
+    ("the proxy knows the service of a connection", ["yes", "no"]),
+    ("other network namespaces than the daemon's", ["yes", "no"]),
+    ("UDP", ["no", "no"]),
+];
+
 /// What the configuration asks for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Wanted {
@@ -46,7 +60,7 @@ pub(crate) struct Choice {
 pub(crate) struct Impossible(String);
 
 impl Facts {
-    fn of(&self, mode: Mode) -> &Result<(), String> {
+    pub(crate) fn of(&self, mode: Mode) -> &Result<(), String> {
         match mode {
             Mode::Ebpf => &self.ebpf,
             Mode::Nftables => &self.nftables,
@@ -87,6 +101,15 @@ impl fmt::Display for Mode {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn the_readme_has_the_table() {
+        let readme = include_str!("../../README.md");
+        for (what, [ebpf, nftables]) in CAPABILITIES {
+            let row = format!("| {what} | {ebpf} | {nftables} |");
+            assert!(readme.contains(&row), "{row}");
+        }
+    }
 
     #[test]
     fn the_best_that_works_is_chosen_and_says_why_the_better_ones_are_not() {

@@ -1,6 +1,11 @@
 //! Results for people: aligned, coloured on a terminal.
 
-use crate::{api, check::Line, rules::Verdict};
+use crate::{
+    api,
+    check::Line,
+    mode::{self, Facts, Mode},
+    rules::Verdict,
+};
 use serde::Serialize;
 use std::{
     fmt::Write as _,
@@ -62,6 +67,19 @@ fn service_rows(service: &api::Service) -> Vec<[String; 10]> {
         row
     });
     [first].into_iter().chain(further).collect()
+}
+
+/// What each mode can do, and which of them this host has and gets.
+pub(crate) fn capabilities(facts: &Facts, chosen: Option<Mode>) -> String {
+    let head = |mode: Mode| match facts.of(mode) {
+        _ if chosen == Some(mode) => format!("{mode} (used here)"),
+        Ok(()) => mode.to_string(),
+        Err(_) => format!("{mode} (not possible here)"),
+    };
+    let [first, second] = mode::ALL.map(head);
+    let mut rows = vec![[String::new(), first, second]];
+    rows.extend(mode::CAPABILITIES.map(|(what, [first, second])| [what, first, second].map(str::to_owned)));
+    format!("\n{}", table(&rows))
 }
 
 fn table<const N: usize>(rows: &[[String; N]]) -> String {
