@@ -11,7 +11,7 @@ pub mod decide;
 /// Version of everything in this crate that outlives a process: map names, keys, values and their meaning.
 ///
 /// Pins live below a directory that bears it, so two versions never mistake each other's maps.
-pub const ABI_VERSION: u32 = 1;
+pub const ABI_VERSION: u32 = 2;
 
 /// `AF_INET`, the same on every Linux architecture.
 pub const AF_INET: u16 = 2;

@@ -237,9 +237,9 @@ fn explain(
         .map(|&destination| present::Explained::new(destination, &rules::decide(policy, destination)))
         .collect();
     if output.json {
-        print_json(&explained)?
+        print_json(&explained)?;
     } else {
-        print(&present::explained(&explained))?
+        print(&present::explained(&explained))?;
     }
     Ok(ExitCode::SUCCESS)
 }

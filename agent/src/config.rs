@@ -282,9 +282,16 @@ impl RawScope {
                 Ok(Some(Scope::Container(container.value)))
             }
             (None, None, None, user) => Ok(user.map(Scope::User)),
-            (unit, cgroup, container, _) => {
+            (unit, cgroup, container, user) => {
+                let user_is_given = user.map(|_| "`user`");
+                let given = [(&unit, "`unit`"), (&cgroup, "`cgroup`"), (&container, "`container`")];
+                let given = given.into_iter().filter(|(value, _)| value.is_some()).map(|(_, name)| name);
+                let names: Vec<&str> = given.chain(user_is_given).collect();
+                let message = format!(
+                    "{} are given; expected one of them, or `user` and `unit` for a user's own unit",
+                    names.join(" and ")
+                );
                 let first = [unit, cgroup, container].into_iter().flatten().next();
-                let message = "more than one of `unit`, `cgroup`, `container` and `user` are given; expected one of them, or `unit` and `user`";
                 first.map_or(Ok(None), |first| fault(&first, message))
             }
         }

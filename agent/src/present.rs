@@ -188,7 +188,7 @@ mod tests {
         };
         let shown = status(&api::Status {
             version: 1,
-            mode: crate::mode::Mode::Ebpf,
+            mode: Mode::Ebpf,
             proxy: api::Proxy { port: 15001, cgroup: None, attached: false },
             services: vec![service("idle", &[]), service("shop", &[("/a", true), ("/b", false)])],
         });

@@ -32,7 +32,7 @@ pub(crate) struct Ebpf {
     pins: Pins,
     proxy_admin: SocketAddr,
     /// For the first service, so that it does not have to wait.
-    loader: Option<Loader>,
+    loader: Option<Box<Loader>>,
     /// Whether the programs that are pinned are those of this binary.
     loaded: bool,
     /// What this process wrote and attached, so that an `apply` does no more than what changed.
@@ -60,11 +60,11 @@ impl Ebpf {
     /// errors.
     pub(crate) fn apply(&mut self, desired: &Desired) -> Result<(), Error> {
         if desired.services.is_empty() {
-            self.loader.get_or_insert_with(object::loader);
+            self.loader.get_or_insert_with(|| Box::new(object::loader()));
             return self.remove();
         }
         if !self.loaded {
-            object::load(&self.pins, self.loader.take().unwrap_or_else(object::loader))?;
+            object::load(&self.pins, self.loader.take().map_or_else(object::loader, |loader| *loader))?;
             self.loaded = true;
         }
         let present: BTreeSet<pins::Scope> = self.pins.scopes()?.into_iter().collect();

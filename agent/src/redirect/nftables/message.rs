@@ -80,8 +80,8 @@ pub(super) fn change(from: &Ruleset, to: &Ruleset) -> Option<Batch> {
     for (index, (name, old, new)) in maps.into_iter().enumerate() {
         let name = text(name);
         let set = named_set(&table, &name, index as u32);
-        add_all(&mut batch, &set, MsgType::Del, jumps(old.iter().filter(|target| !new.contains(target))));
-        add_all(&mut batch, &set, MsgType::Add, jumps(new.iter().filter(|target| !old.contains(target))));
+        add_all(&mut batch, &set, &MsgType::Del, &jumps(old.iter().filter(|target| !new.contains(target))));
+        add_all(&mut batch, &set, &MsgType::Add, &jumps(new.iter().filter(|target| !old.contains(target))));
     }
     let gone: Vec<&Chain> =
         from.chains.iter().filter(|chain| !after.contains_key(chain.name.as_str())).collect();
@@ -139,7 +139,7 @@ fn jumps<'t>(targets: impl Iterator<Item = &'t (Vec<u8>, &'t str)>) -> Vec<Eleme
     targets.map(element).collect()
 }
 
-fn add_all(batch: &mut Batch, set: &sys::Set<'_>, kind: MsgType, elements: Vec<Element>) {
+fn add_all(batch: &mut Batch, set: &sys::Set<'_>, kind: &MsgType, elements: &[Element]) {
     for elements in elements.chunks(ELEMENTS_IN_A_MESSAGE) {
         let message = Elements { set, elements };
         match kind {
@@ -238,7 +238,7 @@ fn add_set(batch: &mut Batch, table: &Table, set: &Set, id: u32) {
     };
     let message = sys::Set { table, name: &name, flags, key_type, key_len, key_parts, id };
     batch.add(&message, MsgType::Add);
-    add_all(batch, &message, MsgType::Add, elements(&set.content));
+    add_all(batch, &message, &MsgType::Add, &elements(&set.content));
 }
 
 /// `NFT_SET_CONCAT`, which Linux 5.6 added.
