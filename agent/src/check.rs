@@ -50,6 +50,7 @@ pub(crate) fn all(config: &Config, facts: &Facts) -> Vec<Line> {
         privileges(),
         ebpf(facts),
         nftables(facts),
+        hosts(facts),
         mode(config, facts),
         daemon(config),
         proxy_listens(config),
@@ -100,6 +101,15 @@ fn nftables(facts: &Facts) -> Line {
         "nftables",
         result,
         "Linux 5.13 with CONFIG_NF_TABLES, CONFIG_NFT_SOCKET, CONFIG_NFT_REDIR and CONFIG_SOCK_CGROUP_DATA, and CAP_NET_ADMIN are needed",
+    )
+}
+
+fn hosts(facts: &Facts) -> Line {
+    let result = facts.hosts.clone().map(|()| "possible: the file can be written".to_owned());
+    Line::wanted(
+        "hosts",
+        result,
+        "write access to the file is needed; for a unit, `ReadWritePaths=/etc/hosts`",
     )
 }
 

@@ -64,6 +64,14 @@ pub(crate) enum Command {
         #[command(flatten)]
         output: Output,
     },
+    /// Print where the proxy listens for a name, as NAME_SERVICE_HOST and NAME_SERVICE_PORT
+    Env {
+        /// A name that the proxy routes
+        service: String,
+        /// As lines of a systemd unit, not of a shell
+        #[arg(long)]
+        systemd: bool,
+    },
     /// Remove everything of ours from this host; refuses while a daemon runs
     Cleanup,
     /// Tell whether this host can do it, and what to do where it cannot

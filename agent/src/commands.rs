@@ -8,7 +8,7 @@ use crate::{
     daemon::{Daemon, Request},
     lock,
     mode::{self, Mode},
-    plan, present, probe,
+    plan, present, probe, ready,
     redirect::{Redirect, ebpf::Ebpf},
     rules, server,
     state::StateFile,
@@ -33,7 +33,8 @@ pub(crate) fn run(cli: Cli) -> anyhow::Result<ExitCode> {
         Ok(config) => config,
         Err(error) => return Ok(bad_input(&error)),
     };
-    let only_looks = matches!(cli.command, Command::Check { .. } | Command::Explain { .. });
+    let only_looks =
+        matches!(cli.command, Command::Check { .. } | Command::Explain { .. } | Command::Env { .. });
     if geteuid().as_raw() != 0 && !only_looks {
         bail!("only root can do this: it changes where other users' connections go");
     }
@@ -51,6 +52,7 @@ pub(crate) fn run(cli: Cli) -> anyhow::Result<ExitCode> {
         Command::Explain { service, destinations, output } => {
             return explain(&config, &service, &destinations, output);
         }
+        Command::Env { service, systemd } => env(&config, &service, systemd)?,
         Command::Cleanup => cleanup(&config)?,
         Command::Check { output } => return check(&config, output),
     }
@@ -68,7 +70,7 @@ fn daemon(config: Config, file: Option<PathBuf>) -> anyhow::Result<()> {
     let cgroup_root = probe::cgroup2_mount()?;
     let daemon = Daemon::start(config, file, Workloads::new(cgroup_root.clone()))?;
     let (requests, received) = mpsc::channel();
-    if daemon.mode() == Mode::Nftables {
+    if daemon.mode() != Mode::Ebpf {
         let tell = requests.clone();
         let watch = move || {
             watch::proxy(&proxy, Workloads::new(cgroup_root), |ready| {
@@ -136,9 +138,13 @@ fn adopt(config: &Config, service: &str, pid: u32) -> anyhow::Result<()> {
     print(&format!("process {pid} and its descendants are in {}\n{notes}", joined.cgroup))
 }
 
-/// With eBPF it needs no daemon: what is pinned is attached. With nf_tables only a daemon keeps the proxy alive.
+/// With eBPF it needs no daemon: what is pinned is attached. With nf_tables only a daemon keeps the proxy alive. Names are
+/// for every process.
 fn attach(config: &Config, attach: &Attach) -> anyhow::Result<()> {
     let state = StateFile::new(&config.paths.state).load()?;
+    if state.mode() == Some(Mode::Hosts) {
+        return Ok(());
+    }
     if state.mode() == Some(Mode::Nftables) {
         let Some(name) = &attach.service else { return Ok(()) };
         check_name(name).map_err(anyhow::Error::msg)?;
@@ -222,6 +228,25 @@ fn check(config: &Config, output: Output) -> anyhow::Result<ExitCode> {
     }
     let good = lines.iter().all(|line| line.ok || !line.required);
     Ok(if good { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+}
+
+fn env(config: &Config, service: &str, systemd: bool) -> anyhow::Result<()> {
+    let admin = config.proxy.admin;
+    let names = ready::names(admin).with_context(|| format!("ask the proxy at {admin} for its names"))?;
+    let found =
+        names.iter().find(|name| name.name == service).and_then(|name| Some((name, name.ports.first()?)));
+    let Some((name, port)) = found else {
+        let known: Vec<&str> = names.iter().map(|name| name.name.as_str()).collect();
+        bail!(
+            "the proxy listens for no name `{service}`; it does for: {}. A virtual host with `ports` makes it so",
+            if known.is_empty() { "none".to_owned() } else { known.join(", ") }
+        );
+    };
+    let upper = |c: char| if c.is_ascii_alphanumeric() { c.to_ascii_uppercase() } else { '_' };
+    let variable: String = name.name.chars().map(upper).collect();
+    let lines = [("HOST", name.address.to_string()), ("PORT", port.to_string())];
+    let word = if systemd { "Environment=" } else { "export " };
+    print(&lines.map(|(what, value)| format!("{word}{variable}_SERVICE_{what}={value}\n")).concat())
 }
 
 fn explain(

@@ -42,6 +42,8 @@ pub(crate) struct Paths {
     pub(crate) state: PathBuf,
     /// Links, maps and programs; on a BPF file system.
     pub(crate) pins: PathBuf,
+    /// The hosts file, for the mode that edits it.
+    pub(crate) hosts: PathBuf,
 }
 
 /// The co-located proxy.
@@ -224,6 +226,7 @@ impl RawConfig {
             run: absolute(self.paths.run, "/run/mesh-redirect")?,
             state: absolute(self.paths.state, "/var/lib/mesh-redirect")?,
             pins: pins(self.paths.pins)?,
+            hosts: absolute(self.paths.hosts, "/etc/hosts")?,
         };
         let RawProxy { port, admin, unit, cgroup } = self.proxy;
         let scope = RawScope { unit, cgroup, ..RawScope::default() }.validate()?;
@@ -240,6 +243,7 @@ impl RawConfig {
             None | Some(RawMode::Auto) => Wanted::Auto,
             Some(RawMode::Ebpf) => Wanted::Only(Mode::Ebpf),
             Some(RawMode::Nftables) => Wanted::Only(Mode::Nftables),
+            Some(RawMode::Hosts) => Wanted::Only(Mode::Hosts),
         };
         Ok(Config { mode, paths, proxy, defaults, services })
     }

@@ -202,6 +202,7 @@ impl Daemon {
             names.iter().zip(&scopes).filter_map(|(name, scope)| self.drop_in(name, scope)).collect();
         systemd::write_drop_ins(&drop_ins, self.config_file.as_deref()).map_err(drop_in_error("write"))?;
         let mut notes = self.proxy_notes();
+        notes.extend(self.mode_notes());
         let cgroups = scopes.iter().map(|scope| self.workloads.cgroup(scope));
         let absent: Vec<bool> = cgroups.map(|cgroup| cgroup.is_none()).collect();
         for (name, _) in names.iter().zip(absent).filter(|(_, absent)| *absent) {
@@ -364,7 +365,7 @@ impl Daemon {
             return Err(error);
         }
         self.state = next;
-        if self.mode == Mode::Nftables {
+        if self.mode != Mode::Ebpf {
             // What is enabled now shall not wait for the next time that the proxy is asked.
             let ready = watch::is_ready(&self.config.proxy, &mut self.workloads);
             self.hear_of_proxy(ready);
@@ -383,6 +384,12 @@ impl Daemon {
     fn ended_commands(&self) -> BTreeSet<String> {
         let commands = self.state.iter().flat_map(|(_, entry)| entry.commands.iter());
         commands.filter(|path| !is_used(&self.workloads.dir(path))).cloned().collect()
+    }
+
+    /// What has to be said of the mode when something is enabled.
+    fn mode_notes(&self) -> Option<String> {
+        let note = "names are mapped for the whole host: every process that looks them up is steered, whatever its service";
+        (self.mode == Mode::Hosts).then(|| note.to_owned())
     }
 
     fn proxy_notes(&mut self) -> Vec<String> {

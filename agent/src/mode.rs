@@ -11,23 +11,34 @@ pub(crate) enum Mode {
     Ebpf,
     /// A table of nf_tables.
     Nftables,
+    /// Names in a hosts file.
+    Hosts,
 }
 
 /// The best first.
-pub(crate) const ALL: [Mode; 2] = [Mode::Ebpf, Mode::Nftables];
+pub(crate) const ALL: [Mode; 3] = [Mode::Ebpf, Mode::Nftables, Mode::Hosts];
 
 /// What each mode can and cannot do, in the order of [`ALL`]. The README has the same table.
-pub(crate) const CAPABILITIES: [(&str, [&str; ALL.len()]); 10] = [
-    ("TCP to names and to addresses, IPv4, IPv6 and IPv4-mapped", ["yes", "yes"]),
-    ("static binaries, any language and C library", ["yes", "yes"]),
-    ("a service is", ["a cgroup", "a cgroup or a user"]),
-    ("the proxy is gone", ["known at once", "known within half a second"]),
-    ("the daemon is gone", ["nothing changes", "as if the proxy were gone, after 3 s"]),
-    ("a unit restarts: steered from its first connection", ["yes", "while the daemon runs"]),
-    ("the application sees the peer it asked for", ["yes", "yes"]),
-    ("the proxy knows the service of a connection", ["yes", "no"]),
-    ("other network namespaces than the daemon's", ["yes", "no"]),
-    ("UDP", ["no", "no"]),
+pub(crate) const CAPABILITIES: [(&str, [&str; ALL.len()]); 12] = [
+    ("TCP to names and to addresses, IPv4, IPv6 and IPv4-mapped", ["yes", "yes", "names only, IPv4"]),
+    ("static binaries, any language and C library", ["yes", "yes", "where they read the hosts file"]),
+    ("a service is", ["a cgroup", "a cgroup or a user", "every process of the host"]),
+    ("ports", ["all", "all", "those that the proxy listens on"]),
+    ("the proxy is gone", ["known at once", "known within half a second", "known within half a second"]),
+    (
+        "the daemon is gone",
+        [
+            "nothing changes",
+            "as if the proxy were gone, after 3 s",
+            "nothing changes, also when the proxy goes too",
+        ],
+    ),
+    ("a unit restarts: steered from its first connection", ["yes", "while the daemon runs", "yes"]),
+    ("the application sees the peer it asked for", ["yes", "yes", "a loopback address"]),
+    ("the proxy knows the service of a connection", ["yes", "no", "no"]),
+    ("connections are counted", ["yes", "yes", "by the proxy alone"]),
+    ("other network namespaces than the daemon's", ["yes", "no", "no"]),
+    ("UDP", ["no", "no", "no"]),
 ];
 
 /// What the configuration asks for.
@@ -44,6 +55,7 @@ pub(crate) enum Wanted {
 pub(crate) struct Facts {
     pub(crate) ebpf: Result<(), String>,
     pub(crate) nftables: Result<(), String>,
+    pub(crate) hosts: Result<(), String>,
 }
 
 /// A mode, and why it is this one.
@@ -64,6 +76,7 @@ impl Facts {
         match mode {
             Mode::Ebpf => &self.ebpf,
             Mode::Nftables => &self.nftables,
+            Mode::Hosts => &self.hosts,
         }
     }
 }
@@ -94,6 +107,7 @@ impl fmt::Display for Mode {
         f.write_str(match self {
             Self::Ebpf => "ebpf",
             Self::Nftables => "nftables",
+            Self::Hosts => "hosts",
         })
     }
 }
@@ -105,8 +119,8 @@ mod tests {
     #[test]
     fn the_readme_has_the_table() {
         let readme = include_str!("../../README.md");
-        for (what, [ebpf, nftables]) in CAPABILITIES {
-            let row = format!("| {what} | {ebpf} | {nftables} |");
+        for (what, [ebpf, nftables, hosts]) in CAPABILITIES {
+            let row = format!("| {what} | {ebpf} | {nftables} | {hosts} |");
             assert!(readme.contains(&row), "{row}");
         }
     }
@@ -115,15 +129,33 @@ mod tests {
     fn the_best_that_works_is_chosen_and_says_why_the_better_ones_are_not() {
         let (yes, no) = (Ok(()), |why: &str| Err(why.to_owned()));
         let cases = [
-            (Wanted::Auto, yes.clone(), yes.clone(), Ok((Mode::Ebpf, "this host can do it"))),
-            (Wanted::Auto, yes.clone(), no("x"), Ok((Mode::Ebpf, "this host can do it"))),
-            (Wanted::Auto, no("bpf: EPERM"), yes.clone(), Ok((Mode::Nftables, "no ebpf: bpf: EPERM"))),
-            (Wanted::Auto, no("a"), no("b"), Err("no ebpf: a; no nftables: b")),
-            (Wanted::Only(Mode::Nftables), yes.clone(), yes.clone(), Ok((Mode::Nftables, "asks for it"))),
-            (Wanted::Only(Mode::Ebpf), no("too old"), yes, Err("`mode: ebpf` is not possible here: too old")),
+            (Wanted::Auto, [yes.clone(), yes.clone(), yes.clone()], Ok((Mode::Ebpf, "this host can do it"))),
+            (Wanted::Auto, [yes.clone(), no("x"), no("y")], Ok((Mode::Ebpf, "this host can do it"))),
+            (
+                Wanted::Auto,
+                [no("bpf: EPERM"), yes.clone(), yes.clone()],
+                Ok((Mode::Nftables, "no ebpf: bpf: EPERM")),
+            ),
+            (Wanted::Auto, [no("a"), no("b"), yes.clone()], Ok((Mode::Hosts, "no ebpf: a; no nftables: b"))),
+            (Wanted::Auto, [no("a"), no("b"), no("c")], Err("no ebpf: a; no nftables: b; no hosts: c")),
+            (
+                Wanted::Only(Mode::Nftables),
+                [yes.clone(), yes.clone(), yes.clone()],
+                Ok((Mode::Nftables, "asks for it")),
+            ),
+            (
+                Wanted::Only(Mode::Hosts),
+                [yes.clone(), yes.clone(), yes.clone()],
+                Ok((Mode::Hosts, "asks for it")),
+            ),
+            (
+                Wanted::Only(Mode::Ebpf),
+                [no("too old"), yes.clone(), yes],
+                Err("`mode: ebpf` is not possible here: too old"),
+            ),
         ];
-        for (wanted, ebpf, nftables, expected) in cases {
-            let facts = Facts { ebpf, nftables };
+        for (wanted, [ebpf, nftables, hosts], expected) in cases {
+            let facts = Facts { ebpf, nftables, hosts };
             match (choose(wanted, &facts), expected) {
                 (Ok(choice), Ok((mode, why))) => {
                     assert_eq!(choice.mode, mode, "{facts:?}");

@@ -76,9 +76,11 @@ pub(crate) fn capabilities(facts: &Facts, chosen: Option<Mode>) -> String {
         Ok(()) => mode.to_string(),
         Err(_) => format!("{mode} (not possible here)"),
     };
-    let [first, second] = mode::ALL.map(head);
-    let mut rows = vec![[String::new(), first, second]];
-    rows.extend(mode::CAPABILITIES.map(|(what, [first, second])| [what, first, second].map(str::to_owned)));
+    let [first, second, third] = mode::ALL.map(head);
+    let mut rows = vec![[String::new(), first, second, third]];
+    for (what, [first, second, third]) in mode::CAPABILITIES {
+        rows.push([what, first, second, third].map(str::to_owned));
+    }
     format!("\n{}", table(&rows))
 }
 

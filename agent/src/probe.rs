@@ -3,7 +3,7 @@
 use crate::{
     config::Config,
     mode::Facts,
-    redirect::{ebpf, nftables},
+    redirect::{ebpf, hosts, nftables},
 };
 use std::{
     fs, io,
@@ -37,6 +37,7 @@ pub(crate) fn facts(config: &Config) -> Facts {
     Facts {
         ebpf: root.as_ref().map(drop).map_err(Clone::clone).and_then(|()| bpffs()).and_then(|()| ebpf()),
         nftables: root.as_ref().map_err(Clone::clone).and_then(nftables),
+        hosts: hosts::try_file(&config.paths.hosts).map_err(|error| error.to_string()),
     }
 }
 

@@ -1,6 +1,7 @@
 //! Making the kernel agree with what is wanted.
 
 pub(crate) mod ebpf;
+pub(crate) mod hosts;
 pub(crate) mod nftables;
 
 use crate::{
@@ -10,6 +11,7 @@ use crate::{
 };
 use agent_ebpf::Counters;
 use ebpf::Ebpf;
+use hosts::Hosts;
 use nftables::Nftables;
 use std::{
     collections::BTreeSet,
@@ -24,6 +26,7 @@ use std::{
 pub(crate) enum Redirect {
     Ebpf(Ebpf),
     Nftables(Nftables),
+    Hosts(Hosts),
 }
 
 /// What went wrong between the agent and the kernel.
@@ -35,6 +38,9 @@ pub(crate) enum Error {
     /// With nf_tables.
     #[error(transparent)]
     Nftables(#[from] nftables::Error),
+    /// With a hosts file.
+    #[error(transparent)]
+    Hosts(#[from] hosts::Error),
 }
 
 impl Redirect {
@@ -43,6 +49,7 @@ impl Redirect {
         match mode {
             Mode::Ebpf => Self::Ebpf(Ebpf::new(config.paths.pins.clone(), config.proxy.admin)),
             Mode::Nftables => Self::Nftables(Nftables::new(cgroup_root.to_owned(), config.proxy.port)),
+            Mode::Hosts => Self::Hosts(Hosts::new(config.paths.hosts.clone(), config.proxy.admin)),
         }
     }
 
@@ -51,6 +58,7 @@ impl Redirect {
         match self {
             Self::Ebpf(ebpf) => Ok(ebpf.apply(desired)?),
             Self::Nftables(nftables) => Ok(nftables.apply(desired)?),
+            Self::Hosts(hosts) => Ok(hosts.apply(desired)?),
         }
     }
 
@@ -59,6 +67,7 @@ impl Redirect {
         match self {
             Self::Ebpf(ebpf) => Ok(ebpf.remove()?),
             Self::Nftables(nftables) => Ok(nftables.remove()?),
+            Self::Hosts(hosts) => Ok(hosts.remove()?),
         }
     }
 
@@ -67,6 +76,7 @@ impl Redirect {
         match self {
             Self::Ebpf(_) => ebpf::describe(desired),
             Self::Nftables(nftables) => nftables.describe(desired),
+            Self::Hosts(hosts) => hosts.describe(desired),
         }
     }
 
@@ -75,6 +85,7 @@ impl Redirect {
         match self {
             Self::Ebpf(ebpf) => Ok(ebpf.status()?),
             Self::Nftables(nftables) => Ok(nftables.status(desired)?),
+            Self::Hosts(hosts) => Ok(hosts.status(desired)?),
         }
     }
 
@@ -83,6 +94,7 @@ impl Redirect {
         match self {
             Self::Ebpf(_) => Ok(()),
             Self::Nftables(nftables) => Ok(nftables.keep_alive(ready)?),
+            Self::Hosts(hosts) => Ok(hosts.keep_alive(ready)?),
         }
     }
 }

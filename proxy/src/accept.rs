@@ -77,6 +77,24 @@ impl Listeners {
     }
 }
 
+/// A listening socket at a name's own address. Must be bound within the worker's runtime.
+pub(crate) fn bind_named(address: SocketAddr) -> io::Result<TcpListener> {
+    listen(address)
+}
+
+/// The next connection to a name.
+pub(crate) async fn accept_named(listener: &TcpListener) -> TcpStream {
+    loop {
+        match listener.accept().await {
+            Ok((stream, _)) => return stream,
+            Err(error) => {
+                tracing::warn!("accept: {error}");
+                tokio::time::sleep(PAUSE).await;
+            }
+        }
+    }
+}
+
 fn listen(address: SocketAddr) -> io::Result<TcpListener> {
     let named = |error: io::Error| io::Error::new(error.kind(), NotListening { address, error });
     let socket = || {

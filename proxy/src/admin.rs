@@ -1,6 +1,6 @@
 //! The admin address: metrics and readiness.
 
-use crate::observe;
+use crate::{names::Name, observe};
 use bytes::Bytes;
 use http_body_util::Full;
 use hyper::{
@@ -28,6 +28,7 @@ const MAX_CONNECTIONS: usize = 64;
 const WORKER_TIMEOUT: Duration = Duration::from_millis(200);
 const HEAD_TIMEOUT: Duration = Duration::from_secs(10);
 const OPEN_METRICS: &str = "application/openmetrics-text; version=1.0.0; charset=utf-8";
+const JSON: &str = "application/json";
 const TEXT: &str = "text/plain; charset=utf-8";
 
 /// What is served.
@@ -36,6 +37,7 @@ pub(crate) struct Admin {
     registry: Registry,
     ready: AtomicBool,
     workers: Vec<Worker>,
+    names: Arc<[Name]>,
 }
 
 /// How a worker is asked whether it serves: it answers when it has told the kernel so too.
@@ -43,8 +45,8 @@ pub(crate) type Worker = mpsc::UnboundedSender<oneshot::Sender<()>>;
 
 impl Admin {
     /// Not ready yet; `workers` are those that all have to serve.
-    pub(crate) fn new(registry: Registry, workers: Vec<Worker>) -> Self {
-        Self { registry, ready: AtomicBool::new(false), workers }
+    pub(crate) fn new(registry: Registry, workers: Vec<Worker>, names: Arc<[Name]>) -> Self {
+        Self { registry, ready: AtomicBool::new(false), workers, names }
     }
 
     /// Says whether new connections are welcome.
@@ -82,7 +84,11 @@ impl Admin {
                     response(StatusCode::INTERNAL_SERVER_ERROR, TEXT, "the metrics cannot be written\n")
                 }
             },
-            _ => response(StatusCode::NOT_FOUND, TEXT, "expected /metrics or /ready\n"),
+            "/names" => match serde_json::to_vec(&self.names[..]) {
+                Ok(json) => response(StatusCode::OK, JSON, json),
+                Err(_) => response(StatusCode::INTERNAL_SERVER_ERROR, TEXT, "the names cannot be written\n"),
+            },
+            _ => response(StatusCode::NOT_FOUND, TEXT, "expected /metrics, /names or /ready\n"),
         }
     }
 }

@@ -15,6 +15,8 @@ use std::{
 
 /// Longest file that is read.
 const MAX_BYTES: u64 = 64 << 20;
+/// Ports of all names that are listened on by themselves.
+const MAX_NAMED_LISTENERS: usize = 4096;
 /// Threads unless the file says otherwise: as many as there are processors, and no more than this.
 const MAX_DEFAULT_WORKERS: usize = 4;
 
@@ -99,6 +101,8 @@ struct RawVirtualHost {
     name: Spanned<String>,
     domains: Spanned<Vec<Spanned<String>>>,
     cluster: Spanned<String>,
+    #[serde(default)]
+    ports: Vec<Spanned<u16>>,
 }
 
 #[derive(Debug, Deserialize)]
@@ -154,7 +158,16 @@ impl RawConfig {
         let (mut hosts, mut domains, mut virtual_hosts) = (BTreeSet::new(), BTreeSet::new(), Vec::new());
         for raw in self.virtual_hosts {
             distinct("virtual host", &raw.name, &mut hosts)?;
+            let name = raw.name.clone();
             virtual_hosts.push(raw.validate(&names, &mut domains)?);
+            let listeners: usize =
+                virtual_hosts.iter().map(|host| host.ports.len() * host.domains.len()).sum();
+            if listeners > MAX_NAMED_LISTENERS {
+                let message = format!(
+                    "with `ports` of this virtual host there are {listeners} addresses to listen on; the limit is {MAX_NAMED_LISTENERS}"
+                );
+                return fault(&name, message);
+            }
         }
         let drain_timeout = self.drain_timeout.map_or(Duration::from_secs(10), |span| span.0);
         Ok(Config { listen, admin, drain_timeout, virtual_hosts, clusters })
@@ -254,7 +267,11 @@ impl RawVirtualHost {
             }
             domains.push(name);
         }
-        Ok(VirtualHost { domains, cluster: self.cluster.value })
+        if let Some(zero) = self.ports.iter().find(|port| port.value == 0) {
+            return fault(zero, "0 is not a port; expected 1 to 65535");
+        }
+        let ports = self.ports.into_iter().map(|port| port.value).collect::<BTreeSet<u16>>();
+        Ok(VirtualHost { domains, cluster: self.cluster.value, ports: ports.into_iter().collect() })
     }
 }
 

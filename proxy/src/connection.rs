@@ -32,7 +32,7 @@ pub(crate) async fn serve(context: &Context, stream: TcpStream) -> io::Result<()
         context.metrics.origin_errors.inc();
         tunnel::reset(&stream);
     })?;
-    context.metrics.connection(origin.is_some());
+    context.metrics.connection(if origin.is_some() { "steered" } else { "direct" });
     let service = context.metrics.service(origin.as_ref().map_or("direct", |origin| origin.service.as_str()));
     let recorder = Recorder::new(context.metrics.clone(), service);
     let Some(origin) = origin else {
@@ -44,13 +44,28 @@ pub(crate) async fn serve(context: &Context, stream: TcpStream) -> io::Result<()
         tunnel::reset(&stream);
         return Ok(());
     }
-    steered(context, recorder, &origin, stream).await
+    relay_or_route(context, recorder, &Target::Origin(&origin), stream).await
 }
 
-async fn steered(
+/// Serves a connection to a name's own address until it ends.
+pub(crate) async fn serve_named(context: &Context, name: &str, stream: TcpStream) -> io::Result<()> {
+    stream.set_nodelay(true)?;
+    context.metrics.connection("named");
+    let recorder = Recorder::new(context.metrics.clone(), context.metrics.service("named"));
+    relay_or_route(context, recorder, &Target::Name(name), stream).await
+}
+
+/// Where a client was going, which is where it gets unless its protocol tells better.
+enum Target<'a> {
+    Origin(&'a Origin),
+    /// A domain of a virtual host.
+    Name(&'a str),
+}
+
+async fn relay_or_route(
     context: &Context,
     recorder: Recorder,
-    origin: &Origin,
+    target: &Target<'_>,
     mut client: TcpStream,
 ) -> io::Result<()> {
     let mut dialled = None;
@@ -59,7 +74,7 @@ async fn steered(
         biased;
         first = client.read_buf(&mut head) => { first?; }
         () = sleep(CLIENT_FIRST) => {
-            let Some(upstream) = dial(context, recorder.service(), origin.destination, &client).await else { return Ok(()) };
+            let Some(upstream) = dial(context, recorder.service(), target, &client).await else { return Ok(()) };
             tokio::select! {
                 first = client.read_buf(&mut head) => { first?; }
                 _server_spoke_or_ended = upstream.readable() => {}
@@ -68,12 +83,16 @@ async fn steered(
         }
     }
     if !head.is_empty() && is_routed(context, &mut client, &mut head).await? {
-        http::serve(context, recorder, Some(origin), Rewind::new(head.freeze(), client)).await;
+        let origin = match target {
+            Target::Origin(origin) => Some(*origin),
+            Target::Name(_) => None,
+        };
+        http::serve(context, recorder, origin, Rewind::new(head.freeze(), client)).await;
         return Ok(());
     }
     let upstream = match dialled {
         Some(upstream) => upstream,
-        None => match dial(context, recorder.service(), origin.destination, &client).await {
+        None => match dial(context, recorder.service(), target, &client).await {
             Some(upstream) => upstream,
             None => return Ok(()),
         },
@@ -106,16 +125,23 @@ async fn is_routed(context: &Context, client: &mut TcpStream, head: &mut BytesMu
 async fn dial(
     context: &Context,
     service: &str,
-    destination: SocketAddr,
+    target: &Target<'_>,
     client: &TcpStream,
 ) -> Option<TcpStream> {
-    match tunnel::dial(destination).await {
-        Ok(upstream) => Some(upstream),
-        Err(error) => {
-            tracing::debug!(%destination, "dial: {error}");
-            context.metrics.tunnel(service, "not_connected");
-            tunnel::reset(client);
-            None
+    let endpoints: Vec<SocketAddr> = match target {
+        Target::Origin(origin) => vec![origin.destination],
+        Target::Name(name) => {
+            let snapshot = context.snapshot.load();
+            snapshot.routes.find(name).map(|cluster| cluster.endpoints().collect()).unwrap_or_default()
+        }
+    };
+    for endpoint in endpoints {
+        match tunnel::dial(endpoint).await {
+            Ok(upstream) => return Some(upstream),
+            Err(error) => tracing::debug!(%endpoint, "dial: {error}"),
         }
     }
+    context.metrics.tunnel(service, "not_connected");
+    tunnel::reset(client);
+    None
 }

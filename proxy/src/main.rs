@@ -10,6 +10,7 @@ mod context;
 mod detect;
 mod http;
 mod model;
+mod names;
 mod observe;
 mod origin;
 mod pool;

@@ -30,6 +30,8 @@ pub(crate) struct VirtualHost {
     pub(crate) domains: Vec<String>,
     /// Name of one of the clusters.
     pub(crate) cluster: String,
+    /// Where its names are listened on, each at a loopback address of its own; none unless they shall be.
+    pub(crate) ports: Vec<u16>,
 }
 
 /// Instances that serve the same (`envoy.config.cluster.v3.Cluster`).

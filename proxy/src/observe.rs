@@ -140,9 +140,8 @@ impl Metrics {
         registry
     }
 
-    /// Counts a connection of a service, or of nobody in particular.
-    pub(crate) fn connection(&self, steered: bool) {
-        let kind = if steered { "steered" } else { "direct" };
+    /// Counts a connection: `steered`, `direct` where it was made on purpose, `named` where to a name's own address.
+    pub(crate) fn connection(&self, kind: &'static str) {
         self.connections.get_or_create(&KindLabels { kind }).inc();
     }
 

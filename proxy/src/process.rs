@@ -5,6 +5,7 @@ use crate::{
     config,
     context::Context,
     model::Config,
+    names::{self, Name},
     observe::Metrics,
     pool::Pool,
     snapshot::{Current, Snapshot},
@@ -36,8 +37,9 @@ pub(crate) fn run(file: &Path, config: &Config) -> anyhow::Result<()> {
     let listener = runtime
         .block_on(TcpListener::bind(config.admin))
         .with_context(|| format!("listen on {}", config.admin))?;
-    let (workers, questions) = start_workers(config, &snapshot, &metrics, &draining)?;
-    let admin = Arc::new(Admin::new(metrics.registry(), questions));
+    let names: Arc<[Name]> = names::assign(&config.virtual_hosts).into();
+    let (workers, questions) = start_workers(config, &names, &snapshot, &metrics, &draining)?;
+    let admin = Arc::new(Admin::new(metrics.registry(), questions, names));
     let serving = runtime.spawn(admin::serve(listener, Arc::clone(&admin)));
     admin.set_ready(true);
     // Where no service manager listens there is nobody to tell.
@@ -56,6 +58,7 @@ pub(crate) fn run(file: &Path, config: &Config) -> anyhow::Result<()> {
 /// Starts the workers and waits until every one listens.
 fn start_workers(
     config: &Config,
+    names: &Arc<[Name]>,
     snapshot: &Arc<Current>,
     metrics: &Metrics,
     draining: &watch::Receiver<bool>,
@@ -68,9 +71,10 @@ fn start_workers(
         let (ask, questions) = unbounded_channel();
         asked.push(ask);
         let (snapshot, metrics, drain) = (Arc::clone(snapshot), metrics.clone(), draining.clone());
+        let names = Arc::clone(names);
         let listening = listening.clone();
         let work = move || {
-            let context = Context { snapshot, metrics, pool: Pool::default(), drain, own_ports };
+            let context = Context { snapshot, metrics, pool: Pool::default(), names, drain, own_ports };
             // The receiver waits for all workers; if it is gone, so is this process.
             worker::run(context, port, questions, drain_timeout, |result| _ = listening.send(result));
         };

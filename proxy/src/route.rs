@@ -54,8 +54,11 @@ mod tests {
             endpoints: vec!["127.0.0.1:1".parse().unwrap()],
         };
         let cluster = Arc::new(Cluster::new(&cluster, &Metrics::default()));
-        let host =
-            model::VirtualHost { domains: vec!["shop".into(), "shop.internal".into()], cluster: "c".into() };
+        let host = model::VirtualHost {
+            domains: vec!["shop".into(), "shop.internal".into()],
+            cluster: "c".into(),
+            ports: vec![],
+        };
         let table = Table::new(&[host], &HashMap::from([("c", cluster)]));
         for host in
             ["shop", "SHOP", "shop:80", "shop.internal", "Shop.Internal:8080", "shop.", "shop.internal.:80"]

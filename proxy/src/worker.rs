@@ -1,8 +1,14 @@
 //! A worker: a thread with its own runtime, listeners and pool. Nothing of a connection ever leaves it.
 
-use crate::{accept::Listeners, connection, context::Context, observe::Metrics};
+use crate::{
+    accept::{self, Listeners},
+    connection,
+    context::Context,
+    observe::Metrics,
+};
 use std::{cell::Cell, io, rc::Rc, time::Duration};
 use tokio::{
+    net::{TcpListener, TcpStream},
     runtime,
     sync::{mpsc, oneshot},
     task::LocalSet,
@@ -28,28 +34,57 @@ pub(crate) fn run(
         Err(error) => return listening(Err(error)),
     };
     LocalSet::new().block_on(&runtime, async {
-        match Listeners::bind(port) {
-            Ok(listeners) => {
+        let bound = Listeners::bind(port).and_then(|listeners| Ok((listeners, bind_names(&context)?)));
+        match bound {
+            Ok((listeners, named)) => {
                 listening(Ok(()));
-                serve(Rc::new(context), listeners, questions, drain_timeout).await;
+                serve(Rc::new(context), listeners, named, questions, drain_timeout).await;
             }
             Err(error) => listening(Err(error)),
         }
     });
 }
 
+/// Listening sockets of names, and the names.
+type Named = Vec<(TcpListener, Rc<str>)>;
+
+fn bind_names(context: &Context) -> io::Result<Named> {
+    let mut named = Vec::new();
+    for name in context.names.iter() {
+        let domain: Rc<str> = name.name.as_str().into();
+        for &port in &name.ports {
+            let listener = accept::bind_named((name.address, port).into())?;
+            named.push((listener, Rc::clone(&domain)));
+        }
+    }
+    Ok(named)
+}
+
+async fn serve_name(context: Rc<Context>, open: Rc<Cell<usize>>, listener: TcpListener, domain: Rc<str>) {
+    loop {
+        tokio::select! {
+            stream = accept::accept_named(&listener) => spawn(&context, &open, stream, Some(Rc::clone(&domain))),
+            () = context.draining() => return,
+        }
+    }
+}
+
 async fn serve(
     context: Rc<Context>,
     listeners: Listeners,
+    named: Named,
     mut questions: Questions,
     drain_timeout: Duration,
 ) {
     let open = Rc::new(Cell::new(0));
+    for (listener, domain) in named {
+        tokio::task::spawn_local(serve_name(Rc::clone(&context), Rc::clone(&open), listener, domain));
+    }
     let mut heartbeat = interval(HEARTBEAT);
     heartbeat.set_missed_tick_behavior(MissedTickBehavior::Delay);
     loop {
         tokio::select! {
-            stream = listeners.accept() => spawn(&context, &open, stream),
+            stream = listeners.accept() => spawn(&context, &open, stream, None),
             _ = heartbeat.tick() => {
                 listeners.heartbeat();
                 context.pool.sweep();
@@ -63,17 +98,21 @@ async fn serve(
     }
     // Those who were connected before the listeners close would be reset with them.
     while let Some(stream) = listeners.accept_waiting().await {
-        spawn(&context, &open, stream);
+        spawn(&context, &open, stream, None);
     }
     drop(listeners);
     drain(&open, drain_timeout).await;
 }
 
-fn spawn(context: &Rc<Context>, open: &Rc<Cell<usize>>, stream: tokio::net::TcpStream) {
+fn spawn(context: &Rc<Context>, open: &Rc<Cell<usize>>, stream: TcpStream, name: Option<Rc<str>>) {
     let context = Rc::clone(context);
     let connection = Open::new(&context.metrics, Rc::clone(open));
     tokio::task::spawn_local(async move {
-        if let Err(error) = connection::serve(&context, stream).await {
+        let served = match name {
+            Some(name) => connection::serve_named(&context, &name, stream).await,
+            None => connection::serve(&context, stream).await,
+        };
+        if let Err(error) = served {
             tracing::debug!("connection: {error}");
         }
         drop(connection);

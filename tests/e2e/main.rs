@@ -21,6 +21,13 @@ macro_rules! scenarios {
             }
         )+
     };
+    (only hosts: $($scenario:ident),+ $(,)?) => {
+        $(
+            mod $scenario {
+                scenarios!(@test $scenario, hosts, Hosts);
+            }
+        )+
+    };
     (@test $scenario:ident, $name:ident, $mode:ident) => {
         #[test]
         fn $name() {
@@ -48,6 +55,7 @@ mod exec;
 mod families;
 mod foreign;
 mod harness;
+mod hosts;
 mod listener;
 mod liveness;
 mod nftables;

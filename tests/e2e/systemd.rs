@@ -14,6 +14,7 @@ scenarios![only ebpf:
     a_unit_that_is_restarted_fifty_times_never_escapes,
 ];
 scenarios![only nftables: a_host_that_refuses_bpf_gets_a_table];
+scenarios![only hosts: a_host_that_refuses_both_gets_names];
 
 /// A unit that never heard of the mesh: it connects as soon as it is started, and then over and over.
 const SHOP: &str = "\
@@ -100,6 +101,39 @@ fn a_host_that_refuses_bpf_gets_a_table(sandbox: &Sandbox) {
     shop.run("mesh-redirect disable shop");
     shop.connects_directly();
     eventually("nothing is left in the kernel", SOON, || Footprint::of(sandbox).is_empty());
+}
+
+/// Without a netlink socket there is no nf_tables either.
+const WITHOUT_NETLINK: &str = "RestrictAddressFamilies=\nRestrictAddressFamilies=AF_UNIX AF_INET AF_INET6\n";
+
+/// A unit that looks a name up.
+const BY_NAME: &str = "\
+[Service]
+ExecStart=/bin/sh -c 'while :; do curl --silent --max-time 2 http://catalog:8080/; echo; sleep 0.05; done'
+";
+
+fn a_host_that_refuses_both_gets_names(sandbox: &Sandbox) {
+    let shop = Shop::on_a_machine(sandbox);
+    let root = shop.machine.root();
+    root.write("etc/hosts", "127.0.0.1 localhost\n");
+    root.write("etc/systemd/system/shop.service", BY_NAME);
+    shop.restrict("mesh-redirect", &format!("{WITHOUT_BPF}{WITHOUT_NETLINK}"));
+    shop.install();
+    let ports = PROXY_CONFIG.replace("cluster: catalog\n", "cluster: catalog\n    ports: [8080]\n");
+    root.write("etc/mesh-redirect/proxy.yaml", &ports);
+    shop.run("systemctl restart mesh-proxy");
+    let log = shop.run("journalctl --unit mesh-redirect --output cat");
+    let chosen = log.contains("no ebpf: ") && log.contains("no nftables: ") && log.contains("mode=hosts");
+    assert!(chosen, "{log}");
+
+    let enabled = shop.run("mesh-redirect enable shop");
+    assert!(enabled.contains("every process that looks them up is steered"), "{enabled}");
+    eventually("the shop is answered", SOON, || {
+        let said = shop.run("journalctl --unit shop --output cat");
+        ["a", "b"].iter().all(|server| said.lines().any(|line| line == *server))
+    });
+    shop.run("mesh-redirect disable shop");
+    assert_eq!(fs::read_to_string(root.path().join("etc/hosts")).expect("the file"), "127.0.0.1 localhost\n");
 }
 
 /// The unit `shop` on a machine of its own, and the servers it may end up at.

@@ -76,6 +76,7 @@ paths:
   run: {run}
   state: {state}
   pins: {pins}
+  hosts: {hosts}
 proxy:
   port: 15001
   cgroup: {proxy}
@@ -87,6 +88,7 @@ services:
             run = sandbox.path("run").display(),
             state = sandbox.path("state").display(),
             pins = sandbox.pins().display(),
+            hosts = sandbox.hosts().display(),
             proxy = sandbox.cgroup(Place::Proxy),
             shop = sandbox.cgroup(Place::Shop),
             stock = sandbox.cgroup(Place::Stock),

@@ -38,6 +38,12 @@ impl<'s> Proxy<'s> {
     /// Starts it and waits until it is ready. Its program is copied, for the user `nobody` may not reach the original.
     #[track_caller]
     pub fn start(sandbox: &'s Sandbox) -> Self {
+        Self::start_with(sandbox, CONFIG)
+    }
+
+    /// With another proxy.yaml.
+    #[track_caller]
+    pub fn start_with(sandbox: &'s Sandbox, yaml: &str) -> Self {
         let (program, config) = (sandbox.path("mesh-proxy"), sandbox.path("proxy.yaml"));
         if !program.exists() {
             // By a process of its own: were it open for writing here, what is just being spawned would have it open too,
@@ -45,7 +51,7 @@ impl<'s> Proxy<'s> {
             let from = host::binary("mesh-proxy");
             host::tool("cp", &[&from.to_string_lossy(), &program.to_string_lossy()]);
         }
-        fs::write(&config, CONFIG).expect("write proxy.yaml");
+        fs::write(&config, yaml).expect("write proxy.yaml");
         let process = sandbox
             .program(Place::Proxy, "setpriv")
             .args(["--reuid", "65534", "--regid", "65534", "--clear-groups", "--"])

@@ -22,6 +22,8 @@ pub enum Mode {
     Ebpf,
     /// A table of nf_tables.
     Nftables,
+    /// Names in a hosts file.
+    Hosts,
 }
 
 /// Where in the sandbox a program runs: a network namespace and a cgroup.
@@ -44,14 +46,15 @@ pub enum Place {
 }
 
 impl Mode {
-    /// Every one.
-    pub const ALL: [Self; 2] = [Self::Ebpf, Self::Nftables];
+    /// Those that the kernel carries out.
+    pub const IN_KERNEL: [Self; 2] = [Self::Ebpf, Self::Nftables];
 
     /// As agent.yaml writes it.
     pub fn name(self) -> &'static str {
         match self {
             Self::Ebpf => "ebpf",
             Self::Nftables => "nftables",
+            Self::Hosts => "hosts",
         }
     }
 }
@@ -97,7 +100,9 @@ impl Sandbox {
         here.join(&peer);
         let pins = Pins(Path::new(host::BPFFS).join(&name));
         let cgroup = Cgroup::create(&name);
-        Self { mode, cgroup, pins, here, peer, folder: folder() }
+        let folder = folder();
+        fs::write(folder.path().join("hosts"), "127.0.0.1 localhost\n").expect("write a hosts file");
+        Self { mode, cgroup, pins, here, peer, folder }
     }
 
     /// A program of the machine's, to be started in `place`.
@@ -129,7 +134,7 @@ impl Sandbox {
     /// Waits until the kernel knows what became of the proxy: connect hooks see it at each connection, a table is told by
     /// the daemon.
     pub fn settle(&self) {
-        if self.mode == Mode::Nftables {
+        if self.mode != Mode::Ebpf {
             sleep(Duration::from_secs(1));
         }
     }
@@ -147,6 +152,11 @@ impl Sandbox {
     /// Where the agent pins what must outlive it.
     pub fn pins(&self) -> &Path {
         &self.pins.0
+    }
+
+    /// The hosts file that the agent may edit.
+    pub fn hosts(&self) -> PathBuf {
+        self.path("hosts")
     }
 
     /// The name of a place's cgroup, as agent.yaml writes it.

@@ -26,6 +26,7 @@ pub(super) struct RawPaths {
     pub(super) run: Option<Spanned<PathBuf>>,
     pub(super) state: Option<Spanned<PathBuf>>,
     pub(super) pins: Option<Spanned<PathBuf>>,
+    pub(super) hosts: Option<Spanned<PathBuf>>,
 }
 
 #[derive(Debug, Default, Deserialize)]
@@ -79,6 +80,7 @@ pub(super) enum RawMode {
     Auto,
     Ebpf,
     Nftables,
+    Hosts,
 }
 
 /// A service's name.

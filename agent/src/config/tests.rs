@@ -63,7 +63,7 @@ fn captures_are_blocks_ports_or_both() {
 fn every_fault_is_named_with_its_place_and_what_was_expected() {
     let cases = [
         ("colour: red\n", "1:1", "unknown field `colour`"),
-        ("mode: magic\n", "1:7", "expected one of auto, ebpf, nftables"),
+        ("mode: magic\n", "1:7", "expected one of auto, ebpf, nftables, hosts"),
         ("proxy: { admin: localhost }\n", "1:17", "socket address"),
         ("failure: ajar\n", "1:10", "expected one of open, closed"),
         ("capture:\n  include:\n    - 10.0.0.0/33\n", "3:7", "`10.0.0.0/33` is not a CIDR; expected"),

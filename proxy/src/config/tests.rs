@@ -52,6 +52,7 @@ fn every_fault_is_named_with_its_place_and_what_was_expected() {
         (host("{ name: v, domains: ['a:80'], cluster: c }"), "3:26", "without a port"),
         (host("{ name: v, domains: [], cluster: c }"), "3:25", "expected at least one"),
         (host("{ name: v, domains: [a, A], cluster: c }"), "3:29", "there twice"),
+        (host("{ name: v, domains: [a], cluster: c, ports: [0] }"), "3:50", "expected 1 to 65535"),
         (host("{ name: v, cluster: c }"), "3:16", "missing field `domains`"),
         ("clusters: 3\n".to_owned(), "1:11", "expected"),
     ];

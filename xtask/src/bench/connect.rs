@@ -52,8 +52,8 @@ struct Case<'s> {
 
 impl Connect {
     pub(super) fn measure(&self) -> Report {
-        let sandboxes =
-            Mode::ALL.map(|mode| SERVICES.map(|many| (many, Sandbox::new(&format!("bench-{many}"), mode))));
+        let sandboxes = Mode::IN_KERNEL
+            .map(|mode| SERVICES.map(|many| (many, Sandbox::new(&format!("bench-{many}"), mode))));
         let worlds = sandboxes
             .each_ref()
             .map(|of_mode| of_mode.each_ref().map(|(many, sandbox)| World::new(sandbox, *many)));

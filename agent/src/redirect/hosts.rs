@@ -1,0 +1,209 @@
+//! Steering by names alone, where the kernel helps with nothing: a hosts file maps each routed name to a loopback
+//! address at which the proxy listens for it (hosts(5)).
+//!
+//! The file is the whole host's, so every process that looks the names up is steered. While the proxy is not ready the
+//! names are not there, and lead where they always led, unless every enabled service asked for `failure: closed`.
+
+mod document;
+
+use super::{Desired, ServiceStatus, Status};
+use crate::{
+    config::Failure,
+    ready::{self, Name},
+};
+use agent_ebpf::Counters;
+use nix::fcntl::{Flock, FlockArg};
+use std::{
+    collections::BTreeSet,
+    fs,
+    io::{self, Read as _, Seek as _, Write as _},
+    net::{Ipv4Addr, SocketAddr},
+    os::unix::fs::{MetadataExt as _, PermissionsExt as _, fchown},
+    path::{Path, PathBuf},
+};
+
+/// What can go wrong with the file.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum Error {
+    /// The file system says no.
+    #[error("{action} {path}: {cause}", path = .path.display())]
+    File { action: &'static str, path: PathBuf, cause: io::Error },
+    /// The proxy does not say what it routes.
+    #[error("ask the proxy at {admin} for its names: {cause}")]
+    Names { admin: SocketAddr, cause: io::Error },
+}
+
+/// Longest file that is edited.
+const MAX_BYTES: u64 = 16 << 20;
+
+/// The mode, over its file.
+#[derive(Debug)]
+pub(crate) struct Hosts {
+    file: PathBuf,
+    proxy_admin: SocketAddr,
+    /// Whether a service is enabled, and whether all that are refuse to go without the proxy.
+    wanted: bool,
+    closed: bool,
+    /// Names that were left to the file, which is said once.
+    left: BTreeSet<String>,
+}
+
+impl Hosts {
+    /// Over a hosts file; the proxy says at its admin address what it routes.
+    pub(crate) fn new(file: PathBuf, proxy_admin: SocketAddr) -> Self {
+        Self { file, proxy_admin, wanted: false, closed: false, left: BTreeSet::new() }
+    }
+
+    /// Takes note of what is desired; the names come with the proxy.
+    pub(crate) fn apply(&mut self, desired: &Desired) -> Result<(), Error> {
+        let steered: Vec<_> = desired.services.iter().filter(|service| !service.observe).collect();
+        self.wanted = !steered.is_empty();
+        self.closed = self.wanted && steered.iter().all(|service| service.failure == Failure::Closed);
+        if self.wanted { Ok(()) } else { self.remove() }
+    }
+
+    /// Removes the names.
+    pub(crate) fn remove(&mut self) -> Result<(), Error> {
+        self.edit(document::without)
+    }
+
+    /// Writes the names of a proxy that is ready, and removes them of one that is not.
+    pub(crate) fn keep_alive(&mut self, ready: [bool; 2]) -> Result<(), Error> {
+        match (self.wanted, ready.contains(&true)) {
+            (false, _) => Ok(()),
+            (true, true) => self.write_names(),
+            (true, false) if self.closed => Ok(()),
+            (true, false) => self.remove(),
+        }
+    }
+
+    fn write_names(&mut self) -> Result<(), Error> {
+        let admin = self.proxy_admin;
+        let names = ready::names(admin).map_err(|cause| Error::Names { admin, cause })?;
+        let names: Vec<(String, Ipv4Addr)> =
+            names.into_iter().map(|Name { name, address, .. }| (name, address)).collect();
+        let mut left = Vec::new();
+        self.edit(|text| {
+            let (text, left_out) = document::with(text, &names);
+            left = left_out;
+            text
+        })?;
+        for name in left {
+            if self.left.insert(name.clone()) {
+                tracing::warn!(file = %self.file.display(), "{name} is not steered: the file gives it an address already");
+            }
+        }
+        Ok(())
+    }
+
+    /// What the block says, or would say.
+    pub(crate) fn describe(&self, desired: &Desired) -> String {
+        if desired.services.is_empty() {
+            return String::new();
+        }
+        let names = ready::names(self.proxy_admin).unwrap_or_default();
+        let line = |name: &Name| format!("{}: {}\t{}\n", self.file.display(), name.address, name.name);
+        names.iter().map(line).collect()
+    }
+
+    /// Whether the names are there; nothing is counted.
+    pub(crate) fn status(&self, desired: &Desired) -> Result<Status, Error> {
+        let (_, text) = self.open()?;
+        let in_place = document::without(&text) != text;
+        let service = |service: &super::Service| ServiceStatus {
+            id: service.id,
+            cgroups: service.scopes.iter().filter(|_| in_place).map(|cgroup| cgroup.id).collect(),
+            counters: Counters::ZERO,
+        };
+        Ok(Status {
+            proxies: desired.proxy.iter().map(|cgroup| cgroup.id).collect(),
+            services: desired.services.iter().map(service).collect(),
+        })
+    }
+
+    fn open(&self) -> Result<(fs::File, Vec<u8>), Error> {
+        let open = || {
+            let file = fs::OpenOptions::new().read(true).open(&self.file)?;
+            let mut text = Vec::new();
+            if (&file).take(MAX_BYTES + 1).read_to_end(&mut text)? as u64 > MAX_BYTES {
+                return Err(io::Error::other(format!("it is larger than {MAX_BYTES} bytes")));
+            }
+            Ok((file, text))
+        };
+        open().map_err(self.failed("read"))
+    }
+
+    /// Changes the file, whole or not at all, and not where nothing changes.
+    fn edit(&self, change: impl FnOnce(&[u8]) -> Vec<u8>) -> Result<(), Error> {
+        let (file, text) = self.open()?;
+        let changed = change(&text);
+        if changed == text {
+            return Ok(());
+        }
+        let _held = Flock::lock(file, FlockArg::LockExclusive)
+            .map_err(|(_, errno)| self.failed("lock")(errno.into()))?;
+        replace(&self.file, &changed)
+            .or_else(|_| overwrite(&self.file, &changed))
+            .map_err(self.failed("write"))
+    }
+
+    fn failed(&self, action: &'static str) -> impl Fn(io::Error) -> Error {
+        let path = self.file.clone();
+        move |cause| Error::File { action, path: path.clone(), cause }
+    }
+}
+
+/// By a file beside it that takes its place, with owner, mode and label of the one that was there.
+fn replace(path: &Path, text: &[u8]) -> io::Result<()> {
+    let next = path.with_extension("mesh-redirect");
+    let write = || {
+        let before = fs::metadata(path)?;
+        let mut file = fs::File::create(&next)?;
+        fchown(&file, Some(before.uid()), Some(before.gid()))?;
+        file.set_permissions(fs::Permissions::from_mode(before.mode()))?;
+        if let Some(label) = xattr::get(path, SELINUX).ok().flatten() {
+            xattr::set(&next, SELINUX, &label)?;
+        }
+        file.write_all(text)?;
+        file.sync_all()?;
+        fs::rename(&next, path)
+    };
+    write().inspect_err(|_| _ = fs::remove_file(&next))
+}
+
+const SELINUX: &str = "security.selinux";
+
+/// Where it cannot be replaced: a container's file is a mount, and a unit may be allowed nothing but the file.
+fn overwrite(path: &Path, text: &[u8]) -> io::Result<()> {
+    let mut file = fs::OpenOptions::new().write(true).open(path)?;
+    file.rewind()?;
+    file.write_all(text)?;
+    file.set_len(text.len() as u64)?;
+    file.sync_all()
+}
+
+/// Whether the file can be written.
+pub(crate) fn try_file(path: &Path) -> Result<(), Error> {
+    let opened = fs::OpenOptions::new().read(true).write(true).open(path);
+    opened.map(drop).map_err(|cause| Error::File { action: "write", path: path.to_owned(), cause })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_file_keeps_its_owner_and_mode_and_leaves_nothing_beside_it() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("hosts");
+        fs::write(&path, "127.0.0.1 localhost").unwrap();
+        fs::set_permissions(&path, fs::Permissions::from_mode(0o604)).unwrap();
+        for write in [replace, overwrite] {
+            write(&path, b"longer than before, and then some").unwrap();
+            write(&path, b"short").unwrap();
+            assert_eq!(fs::read(&path).unwrap(), b"short");
+            assert_eq!(fs::metadata(&path).unwrap().mode() & 0o7777, 0o604);
+            assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 1);
+        }
+    }
+}
