@@ -6,7 +6,7 @@ use crate::{
     lock,
     mode::{self, Mode},
     plan, probe,
-    redirect::{self, Cgroup, Desired, Redirect},
+    redirect::{self, Cgroup, Redirect},
     state::{State, StateFile},
     watch,
     workload::{
@@ -373,10 +373,15 @@ impl Daemon {
         Ok(())
     }
 
+    /// What is desired is looked up under the lock, and anew where a service is attached to a cgroup that it is not known
+    /// to be in: a unit that has just attached itself would else be taken for one that is where it was before, or nowhere.
     fn apply(&mut self, state: &State) -> Result<(), Error> {
-        let desired: Desired =
-            plan::everything(&self.config, state, &mut self.workloads, &mut self.compiled)?;
         let _held = lock::kernel(&self.config.paths.run)?;
+        let mut desired = plan::everything(&self.config, state, &mut self.workloads, &mut self.compiled)?;
+        if self.redirect.is_attached_elsewhere(&desired)? {
+            self.workloads.forget_units();
+            desired = plan::everything(&self.config, state, &mut self.workloads, &mut self.compiled)?;
+        }
         Ok(self.redirect.apply(&desired)?)
     }
 

@@ -7,14 +7,17 @@ use crate::{
     state::{Entry, State},
     workload::Workloads,
 };
-use std::sync::Arc;
+use std::{io, sync::Arc};
 
-/// A service whose policy cannot be had.
+/// Why it cannot be said what the kernel shall do.
 #[derive(Debug, thiserror::Error)]
-#[error("service `{service}`: {cause}")]
-pub(crate) struct PlanError {
-    service: String,
-    cause: TooManyRanges,
+pub(crate) enum PlanError {
+    /// A service's policy cannot be had.
+    #[error("service `{service}`: {cause}")]
+    Policy { service: String, cause: TooManyRanges },
+    /// Where the services run is not known.
+    #[error("find the cgroups of units: {0}")]
+    Units(io::Error),
 }
 
 /// Policies that were compiled already. The configuration stays the same as long as a process.
@@ -41,7 +44,8 @@ pub(crate) fn everything(
 ) -> Result<Desired, PlanError> {
     let mut services = Vec::new();
     let scopes: Vec<Scope> = state.iter().map(|(name, _)| Workloads::scope(config, name)).collect();
-    workloads.look_up(scopes.iter().filter_map(Scope::unit));
+    let units = scopes.iter().chain([&config.proxy.scope]).filter_map(Scope::unit);
+    workloads.look_up(units).map_err(PlanError::Units)?;
     for ((name, entry), scope) in state.iter().zip(&scopes) {
         let mut service = service(config, name, entry, compiled)?;
         if let (true, Scope::User(user)) = (entry.enabled, scope) {
@@ -65,7 +69,8 @@ pub(crate) fn service(
     compiled: &mut Compiled,
 ) -> Result<Service, PlanError> {
     let policy = config.policy(name);
-    let entries = compiled.get(policy).map_err(|cause| PlanError { service: name.to_owned(), cause })?;
+    let entries =
+        compiled.get(policy).map_err(|cause| PlanError::Policy { service: name.to_owned(), cause })?;
     Ok(Service {
         id: entry.id,
         name: name.to_owned(),

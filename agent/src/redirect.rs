@@ -62,6 +62,15 @@ impl Redirect {
         }
     }
 
+    /// Whether a service is attached to a cgroup that is there and not among those that are desired for it.
+    pub(crate) fn is_attached_elsewhere(&self, desired: &Desired) -> Result<bool, Error> {
+        match self {
+            Self::Ebpf(ebpf) => Ok(ebpf.is_attached_elsewhere(desired)?),
+            // Here the daemon alone attaches.
+            Self::Nftables(_) | Self::Hosts(_) => Ok(false),
+        }
+    }
+
     /// Removes everything of this mode's, at once.
     pub(crate) fn remove(&mut self) -> Result<(), Error> {
         match self {

@@ -4,6 +4,7 @@ use crate::{
     api,
     config::check_name,
     daemon::{self, Request},
+    plan::PlanError,
 };
 use bytes::Bytes;
 use http_body_util::{BodyExt as _, Full, Limited};
@@ -163,7 +164,7 @@ fn status_of(error: &daemon::Error) -> StatusCode {
         daemon::Error::BadName(_)
         | daemon::Error::NoMatch { .. }
         | daemon::Error::BadPattern(_)
-        | daemon::Error::Plan(_) => StatusCode::BAD_REQUEST,
+        | daemon::Error::Plan(PlanError::Policy { .. }) => StatusCode::BAD_REQUEST,
         _ => StatusCode::INTERNAL_SERVER_ERROR,
     }
 }

@@ -40,6 +40,9 @@ pub(crate) enum Unknown {
         /// The cgroup2 mount.
         root: PathBuf,
     },
+    /// Nobody can say what units there are.
+    #[error(transparent)]
+    Systemd(#[from] io::Error),
     /// The configuration names a unit that is not there.
     #[error("service `{name}`: there is no unit {unit}{}", hint(.closest))]
     Unit {
@@ -86,7 +89,7 @@ impl Workloads {
     /// What services are: what the configuration says, else the units of their names. They have to be there.
     pub(crate) fn resolve(&mut self, config: &Config, names: &[String]) -> Result<Vec<Scope>, Unknown> {
         let scopes: Vec<Scope> = names.iter().map(|name| Self::scope(config, name)).collect();
-        self.ask(scopes.iter().filter_map(Scope::unit));
+        self.ask(scopes.iter().filter_map(Scope::unit))?;
         for (name, scope) in names.iter().zip(&scopes) {
             self.check(config, name, scope)?;
         }
@@ -178,26 +181,34 @@ impl Workloads {
         found(&id?)
     }
 
+    /// Forgets where units were: a unit that did not run a moment ago may do so now.
+    pub(crate) fn forget_units(&mut self) {
+        self.units.clear();
+    }
+
     /// Asks systemd for those of these units whose cgroup is not known and there, all at once.
-    pub(crate) fn look_up<'u>(&mut self, units: impl Iterator<Item = &'u str>) {
+    pub(crate) fn look_up<'u>(&mut self, units: impl Iterator<Item = &'u str>) -> io::Result<()> {
         let unknown = |unit: &&str| match self.units.get(*unit) {
             Some(known) => known.asked.elapsed() >= ASK_AGAIN && self.open(known).is_none(),
             None => true,
         };
         let unknown: Vec<&str> = units.filter(unknown).collect();
-        self.ask(unknown.into_iter());
+        self.ask(unknown.into_iter())
     }
 
-    fn ask<'u>(&mut self, units: impl Iterator<Item = &'u str>) {
+    fn ask<'u>(&mut self, units: impl Iterator<Item = &'u str>) -> io::Result<()> {
         let units: Vec<&str> = units.collect();
         let asked = Instant::now();
-        for (unit, systemd::Unit { is_loaded, control_group: path }) in systemd::show(&units) {
+        for (unit, systemd::Unit { is_loaded, control_group: path }) in systemd::show(&units)? {
             self.units.insert(unit.to_owned(), UnitCgroup { is_loaded, path, asked });
         }
+        Ok(())
     }
 
     fn unit_cgroup(&mut self, unit: &str) -> Option<Cgroup> {
-        self.look_up([unit].into_iter());
+        if let Err(error) = self.look_up([unit].into_iter()) {
+            tracing::warn!("{error}");
+        }
         self.open(self.units.get(unit)?)
     }
 

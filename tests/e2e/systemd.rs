@@ -197,7 +197,10 @@ impl<'s> Shop<'s> {
         let direct = self.origin.requests();
         self.run(happening);
         self.is_steered();
-        assert_eq!(self.origin.requests(), direct, "went past the proxy: {happening}");
+        let passed = self.origin.requests() - direct;
+        let status =
+            || self.machine.run("mesh-redirect status; journalctl --lines 40 --output short-precise").stdout;
+        assert!(passed == 0, "{passed} went past the proxy: {happening}\n{}", status());
     }
 
     /// Nothing, while the daemon is being restarted.

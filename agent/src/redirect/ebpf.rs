@@ -85,6 +85,18 @@ impl Ebpf {
         self.written.prune(&mut maps, desired)
     }
 
+    /// Whether a service, or the proxy, is attached to a cgroup that is there and not desired for it.
+    pub(crate) fn is_attached_elsewhere(&self, desired: &Desired) -> Result<bool, Error> {
+        let wanted = wanted_scopes(desired);
+        let owners: BTreeSet<Owner> =
+            desired.services.iter().map(|service| Owner::Service(service.id)).collect();
+        let is_elsewhere = |scope: &pins::Scope| {
+            let is_enabled = scope.owner == Owner::Proxy || owners.contains(&scope.owner);
+            is_enabled && !wanted.contains(scope) && self.pins.is_somewhere(*scope)
+        };
+        Ok(self.pins.scopes()?.iter().any(is_elsewhere))
+    }
+
     /// Makes the kernel steer one service, whatever else it steers; for a unit that is about to start.
     pub(crate) fn attach_service(&mut self, service: &Service) -> Result<(), Error> {
         object::load_if_absent(&self.pins)?;
@@ -176,13 +188,7 @@ impl Ebpf {
 
     /// Detaches from what is no longer desired.
     fn detach_others(&mut self, desired: &Desired) -> Result<(), Error> {
-        let service_scopes = desired.services.iter().flat_map(|service| {
-            let owner = Owner::Service(service.id);
-            service.scopes.iter().map(move |cgroup| pins::Scope { owner, cgroup: cgroup.id })
-        });
-        let proxy_scope =
-            desired.proxy.iter().map(|cgroup| pins::Scope { owner: Owner::Proxy, cgroup: cgroup.id });
-        let wanted: BTreeSet<pins::Scope> = service_scopes.chain(proxy_scope).collect();
+        let wanted = wanted_scopes(desired);
         for scope in self.pins.scopes()? {
             if !wanted.contains(&scope) {
                 self.pins.remove_scope(scope)?;
@@ -190,6 +196,15 @@ impl Ebpf {
         }
         Ok(())
     }
+}
+
+fn wanted_scopes(desired: &Desired) -> BTreeSet<pins::Scope> {
+    let of_services = desired.services.iter().flat_map(|service| {
+        let owner = Owner::Service(service.id);
+        service.scopes.iter().map(move |cgroup| pins::Scope { owner, cgroup: cgroup.id })
+    });
+    let of_proxy = desired.proxy.iter().map(|cgroup| pins::Scope { owner: Owner::Proxy, cgroup: cgroup.id });
+    of_services.chain(of_proxy).collect()
 }
 
 /// Links and map entries of what is desired.

@@ -28,18 +28,18 @@ pub(super) struct Unit {
 /// Units in one call; in a call for each, a thousand of them would take ten seconds.
 const AT_ONCE: usize = 500;
 
-/// What systemd knows of these units, in the same order.
-pub(super) fn show<'u>(units: &[&'u str]) -> Vec<(&'u str, Unit)> {
+/// What systemd knows of these units, in the same order. That it does not answer says nothing of a unit.
+pub(super) fn show<'u>(units: &[&'u str]) -> io::Result<Vec<(&'u str, Unit)>> {
     if !is_running() {
-        return units.iter().map(|&unit| (unit, Unit::default())).collect();
+        return Ok(units.iter().map(|&unit| (unit, Unit::default())).collect());
     }
-    let shown = |units: &[&'u str]| {
+    let mut shown = Vec::new();
+    for units in units.chunks(AT_ONCE) {
         let options = ["show", "--property=LoadState,ControlGroup", "--"];
-        let text = systemctl(&[&options[..], units].concat()).unwrap_or_default();
-        let found = parse(&text).into_iter().chain(std::iter::repeat(Unit::default()));
-        units.iter().copied().zip(found).collect::<Vec<_>>()
-    };
-    units.chunks(AT_ONCE).flat_map(shown).collect()
+        let found = parse(&systemctl(&[&options[..], units].concat())?);
+        shown.extend(units.iter().copied().zip(found.into_iter().chain(std::iter::repeat(Unit::default()))));
+    }
+    Ok(shown)
 }
 
 /// Blocks of `NAME=VALUE`, an empty line between two.

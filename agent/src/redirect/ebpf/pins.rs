@@ -146,6 +146,11 @@ impl Pins {
         })
     }
 
+    /// Whether any program is attached for a scope; none is any more when its cgroup is gone.
+    pub(super) fn is_somewhere(&self, scope: Scope) -> bool {
+        programs::all().any(|program| self.is_attached(scope, &[program]))
+    }
+
     /// Detaches a scope: first what rewrites, then what restores.
     pub(super) fn remove_scope(&self, scope: Scope) -> Result<(), Error> {
         let dir = self.scope(scope);
