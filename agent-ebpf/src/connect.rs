@@ -1,9 +1,9 @@
 //! The connect hooks: decide, remember the origin, rewrite.
 
-use crate::{context, liveness, maps};
+use crate::{context, datagram, kernel::Kernel, maps};
 use agent_ebpf::{
-    AF_INET, Origin, RuleKey, Rules, Service,
-    decide::{self, Attempt, Decision, Destination, Host},
+    Counters, Origin,
+    decide::{self, Attempt, Decision, Destination},
 };
 use aya_ebpf::{
     helpers::{bpf_get_current_pid_tgid, bpf_get_current_uid_gid, generated::bpf_get_current_cgroup_id},
@@ -31,66 +31,33 @@ pub fn connect6(ctx: &SockAddrContext) -> i32 {
     PROCEED
 }
 
-struct Kernel<'a> {
-    ctx: &'a SockAddrContext,
-    service: Option<&'static Service>,
-}
-
-impl Host for Kernel<'_> {
-    #[inline(always)]
-    fn service(&self) -> Option<&Service> {
-        self.service
-    }
-
-    #[inline(always)]
-    fn rules(&self, key: &RuleKey) -> Option<&Rules> {
-        maps::rules(key)
-    }
-
-    #[inline(always)]
-    fn proxy_listens(&self, family: u16, port: u16) -> bool {
-        liveness::proxy_listens(self.ctx, family, port)
-    }
-}
-
 /// Where the connection shall go instead, if elsewhere.
 #[inline(always)]
 fn target(ctx: &SockAddrContext, attempt: &Attempt) -> Option<Destination> {
     let id = maps::scope();
-    let service = maps::service(id);
+    let kernel = Kernel::new(ctx, id);
     let family = attempt.destination.family;
-    match decide::connect(&Kernel { ctx, service }, attempt) {
+    match decide::connect(&kernel, attempt) {
         Decision::Steer { proxy_port } => {
             if remember(ctx, &attempt.destination, id) {
                 maps::count(id, |counters| &mut counters.steered);
-                return Some(loopback(family, proxy_port));
+                return Some(Destination::loopback(family, proxy_port));
             }
             maps::count(id, |counters| &mut counters.errors);
-            match decide::without_proxy(service?) {
-                Decision::Refuse => Some(loopback(family, REFUSING_PORT)),
-                _ => None,
+            match decide::without_proxy(kernel.service?) {
+                Decision::Refuse => Some(Destination::loopback(family, REFUSING_PORT)),
+                _ => direct(&attempt.destination),
             }
         }
+        Decision::Query { dns_port } => datagram::target(&attempt.destination, dns_port, id),
         Decision::Refuse => {
             maps::count(id, |counters| &mut counters.refused);
             forget(ctx);
-            Some(loopback(family, REFUSING_PORT))
+            Some(Destination::loopback(family, REFUSING_PORT))
         }
-        Decision::PassByRule => {
-            maps::count(id, |counters| &mut counters.passed_by_rule);
-            forget(ctx);
-            None
-        }
-        Decision::Observe => {
-            maps::count(id, |counters| &mut counters.observed);
-            forget(ctx);
-            None
-        }
-        Decision::PassProxyAbsent => {
-            maps::count(id, |counters| &mut counters.passed_proxy_absent);
-            forget(ctx);
-            None
-        }
+        Decision::PassByRule => leave(ctx, attempt, id, |counters| &mut counters.passed_by_rule),
+        Decision::Observe => leave(ctx, attempt, id, |counters| &mut counters.observed),
+        Decision::PassProxyAbsent => leave(ctx, attempt, id, |counters| &mut counters.passed_proxy_absent),
         Decision::Ignore => None,
     }
 }
@@ -99,13 +66,23 @@ fn target(ctx: &SockAddrContext, attempt: &Attempt) -> Option<Destination> {
 /// EPERM before Linux 5.18, which no application expects.
 const REFUSING_PORT: u16 = 0;
 
+/// Counts a connection that is left alone.
 #[inline(always)]
-fn loopback(family: u16, port: u16) -> Destination {
-    if family == AF_INET {
-        Destination::from_ipv4([127, 0, 0, 1], port)
-    } else {
-        Destination { family, port, addr: [0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 1] }
-    }
+fn leave(
+    ctx: &SockAddrContext,
+    attempt: &Attempt,
+    service: u32,
+    counter: impl Fn(&mut Counters) -> &mut u64,
+) -> Option<Destination> {
+    maps::count(service, counter);
+    forget(ctx);
+    direct(&attempt.destination)
+}
+
+/// A virtual address leads nowhere: what is not steered goes to an endpoint of the name that has it.
+#[inline(always)]
+fn direct(destination: &Destination) -> Option<Destination> {
+    if destination.is_virtual() { maps::endpoint(destination) } else { None }
 }
 
 #[inline(always)]

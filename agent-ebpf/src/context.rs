@@ -5,7 +5,7 @@
 
 use agent_ebpf::{
     AF_INET, AF_INET6, Ends,
-    decide::{Attempt, Destination},
+    decide::{Attempt, Destination, Transport},
 };
 use aya_ebpf::{
     EbpfContext,
@@ -16,6 +16,8 @@ use aya_ebpf::{
 use core::ptr::{read_volatile, write_volatile};
 
 const SOCK_STREAM: u32 = 1;
+const SOCK_DGRAM: u32 = 2;
+const IPPROTO_UDP: u32 = 17;
 const IPPROTO_TCP: u32 = 6;
 const IPPROTO_MPTCP: u32 = 262;
 
@@ -33,13 +35,21 @@ pub fn attempt6(ctx: &SockAddrContext) -> Attempt {
 
 #[inline(always)]
 fn attempt(ctx: &SockAddrContext, destination: Destination) -> Attempt {
+    // SAFETY: a field of the socket that the context holds; the verifier checks offset and size.
+    let bound = unsafe { read_volatile(&raw const (*client(ctx)).bound_dev_if) };
+    Attempt { destination, transport: transport(ctx), bound_to_device: bound != 0 }
+}
+
+/// What the socket of the hook speaks.
+#[inline(always)]
+pub fn transport(ctx: &SockAddrContext) -> Transport {
     let address = ctx.sock_addr;
-    // SAFETY: fields of the context and of the socket it holds; the verifier checks offsets and sizes.
-    let (kind, protocol, bound) = unsafe {
-        ((*address).type_, (*address).protocol, read_volatile(&raw const (*client(ctx)).bound_dev_if))
-    };
-    let tcp = kind == SOCK_STREAM && (protocol == IPPROTO_TCP || protocol == IPPROTO_MPTCP);
-    Attempt { destination, tcp, bound_to_device: bound != 0 }
+    // SAFETY: fields of the context.
+    match unsafe { ((*address).type_, (*address).protocol) } {
+        (SOCK_STREAM, IPPROTO_TCP | IPPROTO_MPTCP) => Transport::Tcp,
+        (SOCK_DGRAM, IPPROTO_UDP) => Transport::Udp,
+        _ => Transport::Other,
+    }
 }
 
 /// What no other socket of this boot has or had.
@@ -55,15 +65,17 @@ fn client(ctx: &SockAddrContext) -> *mut bpf_sock {
     unsafe { (*ctx.sock_addr).__bindgen_anon_1.sk }
 }
 
+/// The address of an IPv4 hook.
 #[inline(always)]
-fn destination4(ctx: &SockAddrContext) -> Destination {
+pub fn destination4(ctx: &SockAddrContext) -> Destination {
     // SAFETY: fields of the context.
     let (addr, port) = unsafe { ((*ctx.sock_addr).user_ip4, (*ctx.sock_addr).user_port) };
     Destination::from_ipv4(addr.to_ne_bytes(), u16::from_be(port as u16))
 }
 
+/// The address of an IPv6 hook, IPv4 where it is IPv4-mapped.
 #[inline(always)]
-fn destination6(ctx: &SockAddrContext) -> Destination {
+pub fn destination6(ctx: &SockAddrContext) -> Destination {
     // SAFETY: fields of the context, read one word at a time as the verifier wants it.
     let (words, port) = unsafe { (words(&raw const (*ctx.sock_addr).user_ip6), (*ctx.sock_addr).user_port) };
     Destination::from_ipv6(bytes(words), u16::from_be(port as u16))
@@ -233,6 +245,14 @@ pub fn answer<T>(ctx: &SockoptContext, value: &T) -> bool {
 pub fn option(ctx: &SockoptContext) -> (i32, i32) {
     // SAFETY: fields of the context.
     unsafe { ((*ctx.sockopt).level, (*ctx.sockopt).optname) }
+}
+
+/// The port of the socket that a `getsockopt` asks about, and its family.
+#[inline(always)]
+pub fn port_of_asked(ctx: &SockoptContext) -> (u16, u16) {
+    let sk = asked(ctx);
+    // SAFETY: fields of the socket; src_port is in the host's order.
+    unsafe { ((*sk).src_port as u16, (*sk).family as u16) }
 }
 
 /// The socket that a `getsockopt` asks about.

@@ -1,19 +1,30 @@
 //! What to do with a connection: pure, over the few questions it has to ask of the kernel.
 
 use crate::{
-    AF_INET, AF_INET6, FAILURE_CLOSED, HEARTBEAT_EXPIRY_NS, Listener, MAX_PORT_RANGES, PHASE_OBSERVE,
-    RuleKey, Rules, Service, VERDICT_STEER,
+    AF_INET, AF_INET6, DNS_PORT, FAILURE_CLOSED, HEARTBEAT_EXPIRY_NS, Listener, MAX_PORT_RANGES,
+    PHASE_OBSERVE, RESOLVER_PORTS, RuleKey, Rules, Service, VERDICT_STEER, VIRTUAL_V4, VIRTUAL_V6,
 };
 
-/// A connection attempt, as the connect hook sees it.
+/// A connection attempt, or a datagram of a socket that is not connected, as the hooks see it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Attempt {
     /// Where it goes, IPv4-mapped addresses already taken for IPv4.
     pub destination: Destination,
-    /// `SOCK_STREAM` over TCP or MPTCP.
-    pub tcp: bool,
+    /// What the socket speaks.
+    pub transport: Transport,
     /// Bound to a network interface (`SO_BINDTODEVICE`).
     pub bound_to_device: bool,
+}
+
+/// What a socket speaks.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Transport {
+    /// `SOCK_STREAM` over TCP or MPTCP.
+    Tcp,
+    /// `SOCK_DGRAM` over UDP.
+    Udp,
+    /// Anything else.
+    Other,
 }
 
 /// An address and a port.
@@ -43,13 +54,35 @@ impl Destination {
         Self { family: AF_INET, port, addr: [a, b, c, d, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0] }
     }
 
+    /// The proxy's address of a family.
+    #[inline(always)]
+    pub fn loopback(family: u16, port: u16) -> Self {
+        if family == AF_INET {
+            Self::from_ipv4([127, 0, 0, 1], port)
+        } else {
+            Self { family, port, addr: [0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 1] }
+        }
+    }
+
+    /// Whether it is one of the addresses that the proxy gives to names, and that lead nowhere without it.
+    #[inline(always)]
+    pub fn is_virtual(&self) -> bool {
+        let a = &self.addr;
+        if self.family == AF_INET {
+            a[0] == VIRTUAL_V4
+        } else {
+            [a[0], a[1], a[2], a[3], a[4], a[5]] == VIRTUAL_V6
+        }
+    }
+
     /// Whether it is an address that no policy can have meant: this host, this link, everybody, or nobody.
     #[inline(always)]
     pub fn is_local(&self) -> bool {
         let a = &self.addr;
         if self.family == AF_INET {
             // 0/8 and 127/8 are this host, 169.254/16 this link (metadata services too), 224/4 and up not unicast.
-            a[0] == 0 || a[0] == 127 || (a[0] == 169 && a[1] == 254) || a[0] >= 224
+            let not_unicast = a[0] >= 224 && !self.is_virtual();
+            a[0] == 0 || a[0] == 127 || (a[0] == 169 && a[1] == 254) || not_unicast
         } else {
             let loopback_or_unspecified = u128::from_be_bytes(*a) <= 1;
             let link_local = a[0] == 0xfe && a[1] & 0xc0 == 0x80;
@@ -74,6 +107,11 @@ pub enum Decision {
         /// Host order.
         proxy_port: u16,
     },
+    /// It goes to a resolver by datagram: send it to the port of the proxy's that stands for this resolver.
+    Query {
+        /// The first of [`RESOLVER_PORTS`].
+        dns_port: u16,
+    },
     /// Refuse it: nobody would answer at the proxy and the service fails closed.
     Refuse,
 }
@@ -91,24 +129,63 @@ pub trait Host {
 /// Decides one connection attempt.
 #[inline(always)]
 pub fn connect(host: &impl Host, attempt: &Attempt) -> Decision {
-    if !attempt.tcp {
+    match attempt.transport {
+        Transport::Tcp => stream(host, attempt),
+        Transport::Udp => datagram(host, attempt),
+        Transport::Other => Decision::Ignore,
+    }
+}
+
+/// Decides one datagram, or the connect of a datagram socket: only DNS is captured, and it always fails open, since what
+/// a service may reach is decided when it connects.
+#[inline(always)]
+pub fn datagram(host: &impl Host, attempt: &Attempt) -> Decision {
+    if attempt.destination.port != DNS_PORT {
         return Decision::Ignore;
     }
     let Some(service) = host.service() else { return Decision::Ignore };
-    // A socket that is bound to another interface cannot reach the proxy on the loopback one.
-    if attempt.bound_to_device
-        || attempt.destination.is_local()
-        || !captured(host, service, &attempt.destination)
+    let Destination { family, .. } = attempt.destination;
+    if service.dns_port == 0
+        || service.phase == PHASE_OBSERVE
+        || passes(host, service, attempt)
+        || !host.proxy_listens(family, service.dns_port)
     {
+        return Decision::Ignore;
+    }
+    Decision::Query { dns_port: service.dns_port }
+}
+
+#[inline(always)]
+fn stream(host: &impl Host, attempt: &Attempt) -> Decision {
+    let Some(service) = host.service() else { return Decision::Ignore };
+    if passes(host, service, attempt) {
         return Decision::PassByRule;
     }
     if service.phase == PHASE_OBSERVE {
         return Decision::Observe;
     }
-    if host.proxy_listens(attempt.destination.family, service.proxy_port) {
-        return Decision::Steer { proxy_port: service.proxy_port };
+    let is_dns = attempt.destination.port == DNS_PORT && service.dns_port != 0;
+    let proxy_port = if is_dns { service.dns_port } else { service.proxy_port };
+    if host.proxy_listens(attempt.destination.family, proxy_port) {
+        return Decision::Steer { proxy_port };
     }
     without_proxy(service)
+}
+
+#[inline(always)]
+fn passes(host: &impl Host, service: &Service, attempt: &Attempt) -> bool {
+    // A socket that is bound to another interface cannot reach the proxy on the loopback one.
+    attempt.bound_to_device
+        || attempt.destination.is_local()
+        || !captured(host, service, &attempt.destination)
+}
+
+/// The port that is tried as the one that stands for a resolver, at so many tries before: the same ones for each resolver.
+#[inline(always)]
+pub fn resolver_port(resolver: &Destination, dns_port: u16, tries: u16) -> u16 {
+    let sum =
+        resolver.addr.iter().fold(0_u16, |sum, &byte| sum.wrapping_mul(31).wrapping_add(u16::from(byte)));
+    dns_port.wrapping_add(sum.wrapping_add(tries) % RESOLVER_PORTS)
 }
 
 /// What becomes of a connection that would be steered and cannot be.
@@ -171,7 +248,7 @@ mod tests {
             self.rules.as_ref()
         }
         fn proxy_listens(&self, _family: u16, port: u16) -> bool {
-            assert_eq!(port, 15001);
+            assert!([15001, 15053].contains(&port));
             self.asked_proxy.set(self.asked_proxy.get() + 1);
             self.listens
         }
@@ -193,6 +270,8 @@ mod tests {
                 failure,
                 phase: PHASE_ENFORCE,
                 proxy_port: 15001,
+                dns_port: 0,
+                reserved: 0,
                 name: [0; NAME_LEN],
             }),
             rules: Some(rules(&[(0, 65535, VERDICT_STEER)])),
@@ -202,7 +281,7 @@ mod tests {
     }
 
     fn attempt(destination: Destination) -> Attempt {
-        Attempt { destination, tcp: true, bound_to_device: false }
+        Attempt { destination, transport: Transport::Tcp, bound_to_device: false }
     }
 
     fn to(addr: &str) -> Attempt {
@@ -222,8 +301,58 @@ mod tests {
 
     #[test]
     fn other_protocols_are_ignored() {
-        let udp = Attempt { tcp: false, ..to("10.0.0.1") };
-        assert_eq!(connect(&fake(FAILURE_CLOSED), &udp), Decision::Ignore);
+        for transport in [Transport::Udp, Transport::Other] {
+            assert_eq!(
+                connect(&fake(FAILURE_CLOSED), &Attempt { transport, ..to("10.0.0.1") }),
+                Decision::Ignore
+            );
+        }
+    }
+
+    fn query(addr: &str, transport: Transport) -> Attempt {
+        let destination = Destination::from_ipv4(addr.parse::<Ipv4Addr>().unwrap().octets(), 53);
+        Attempt { transport, ..attempt(destination) }
+    }
+
+    fn with_dns(host: Fake) -> Fake {
+        Fake { service: host.service.map(|service| Service { dns_port: 15053, ..service }), ..host }
+    }
+
+    #[test]
+    fn queries_are_captured_where_the_service_wants_it_and_always_fail_open() {
+        let (udp, tcp) = (query("10.0.0.53", Transport::Udp), query("10.0.0.53", Transport::Tcp));
+        let host = with_dns(fake(FAILURE_CLOSED));
+        assert_eq!(connect(&host, &udp), Decision::Query { dns_port: 15053 });
+        assert_eq!(connect(&host, &tcp), Decision::Steer { proxy_port: 15053 });
+        assert_eq!(connect(&host, &query("127.0.0.53", Transport::Udp)), Decision::Ignore);
+        assert_eq!(connect(&with_dns(Fake { rules: None, ..fake(FAILURE_CLOSED) }), &udp), Decision::Ignore);
+        assert_eq!(
+            connect(&with_dns(Fake { listens: false, ..fake(FAILURE_CLOSED) }), &udp),
+            Decision::Ignore
+        );
+        assert_eq!(connect(&fake(FAILURE_CLOSED), &udp), Decision::Ignore, "without DNS capture");
+        assert_eq!(connect(&fake(FAILURE_CLOSED), &tcp), Decision::Steer { proxy_port: 15001 });
+    }
+
+    #[test]
+    fn a_resolver_has_a_port_of_its_own_after_few_tries() {
+        for last in 0..=255 {
+            let resolver = Destination::from_ipv4([10, 0, 0, last], 53);
+            let mut ports: Vec<u16> = (0..16).map(|tries| resolver_port(&resolver, 15053, tries)).collect();
+            ports.sort_unstable();
+            assert!(ports.iter().copied().eq(15053..15069), "{ports:?}");
+        }
+    }
+
+    #[test]
+    fn virtual_addresses_are_none_of_the_local_ones() {
+        for addr in ["241.0.0.1", "241.255.1.2"] {
+            let destination = to(addr).destination;
+            assert!(destination.is_virtual() && !destination.is_local(), "{addr}");
+        }
+        let v6 = |addr: &str| Destination::from_ipv6(addr.parse::<Ipv6Addr>().unwrap().octets(), 80);
+        assert!(v6("fdb2:6c1e:9d04::1").is_virtual() && !v6("fdb2:6c1e:9d05::1").is_virtual());
+        assert!(!v6("::ffff:240.0.0.1").is_virtual() && v6("::ffff:241.0.0.1").is_virtual());
     }
 
     #[test]

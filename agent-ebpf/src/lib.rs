@@ -11,7 +11,7 @@ pub mod decide;
 /// Version of everything in this crate that outlives a process: map names, keys, values and their meaning.
 ///
 /// Pins live below a directory that bears it, so two versions never mistake each other's maps.
-pub const ABI_VERSION: u32 = 2;
+pub const ABI_VERSION: u32 = 3;
 
 /// `AF_INET`, the same on every Linux architecture.
 pub const AF_INET: u16 = 2;
@@ -31,6 +31,21 @@ pub const MESH_REDIRECT_ORIGIN: i32 = 1;
 /// On a listening socket, at [`SOL_MESH_REDIRECT`]: "this listener is being served"; answers nothing.
 pub const MESH_REDIRECT_HEARTBEAT: i32 = 2;
 
+/// On a datagram socket that serves DNS, at [`SOL_MESH_REDIRECT`]: answers a [`ResolverOption`].
+pub const MESH_REDIRECT_RESOLVER: i32 = 3;
+
+/// Where resolvers listen (RFC 1035 §4.2).
+pub const DNS_PORT: u16 = 53;
+/// Resolvers of one family that can be told apart at once: each has a port of the proxy's, from [`Service::dns_port`] on.
+///
+/// A connected datagram socket tells no hook its own port, so what the proxy needs to know has to be in the address.
+pub const RESOLVER_PORTS: u16 = 16;
+
+/// First byte of the virtual IPv4 addresses that the proxy gives to names: 241.0.0.0/8, which is nobody's (RFC 1112 §4).
+pub const VIRTUAL_V4: u8 = 241;
+/// First bytes of the virtual IPv6 addresses: fdb2:6c1e:9d04::/48, a unique local block (RFC 4193).
+pub const VIRTUAL_V6: [u8; 6] = [0xfd, 0xb2, 0x6c, 0x1e, 0x9d, 0x04];
+
 /// Nanoseconds after which a listener that has sent heartbeats counts as hung.
 pub const HEARTBEAT_EXPIRY_NS: u64 = 3_000_000_000;
 
@@ -42,6 +57,8 @@ pub const MAX_SERVICES: u32 = 4096;
 pub const MAX_RULES: u32 = 65_536;
 /// Port ranges that one CIDR of one service can carry, after ranges that overlap were resolved.
 pub const MAX_PORT_RANGES: usize = 16;
+/// Virtual addresses that can be known at once.
+pub const MAX_VIRTUAL: u32 = 131_072;
 /// Steered connections that can be open at once. Beyond that the kernel forgets the ones that it used least lately.
 pub const MAX_CONNECTIONS: u32 = 65_536;
 
@@ -68,7 +85,7 @@ macro_rules! shared {
 
 shared! {
     /// One enabled service. Value of `MR_SERVICES`, keyed by the service's id (u32, never zero).
-    Service: 72 {
+    Service: 76 {
         /// Which rules apply: the first part of [`RuleKey`]. Replaced together with the rules, in one map update.
         policy: u32,
         /// [`FAILURE_OPEN`] or [`FAILURE_CLOSED`].
@@ -77,6 +94,10 @@ shared! {
         phase: u8,
         /// Where the proxy listens on 127.0.0.1 and ::1.
         proxy_port: u16,
+        /// Where it serves DNS on 127.0.0.1 and ::1; zero where queries are not captured.
+        dns_port: u16,
+        /// Zero.
+        reserved: u16,
         /// The name, UTF-8, NUL padded.
         name: [u8; NAME_LEN],
     }
@@ -130,6 +151,38 @@ shared! {
         last: u16,
         /// [`VERDICT_PASS`] or [`VERDICT_STEER`].
         verdict: u32,
+    }
+}
+
+shared! {
+    /// A port of the proxy's that stands for a resolver. Key of `MR_RESOLVERS`.
+    ResolverKey: 4 {
+        /// [`AF_INET`] or [`AF_INET6`].
+        family: u16,
+        /// One of [`RESOLVER_PORTS`], host order.
+        port: u16,
+    }
+}
+
+shared! {
+    /// A virtual address. Key of `MR_VIRTUAL`.
+    VirtualKey: 20 {
+        /// [`AF_INET`] or [`AF_INET6`].
+        family: u32,
+        /// Network order.
+        addr: [u8; 16],
+    }
+}
+
+shared! {
+    /// Where a connection to a virtual address goes that is not steered. Value of `MR_VIRTUAL`.
+    Endpoint: 20 {
+        /// [`AF_INET`] or [`AF_INET6`].
+        family: u16,
+        /// Host order.
+        port: u16,
+        /// Network order.
+        addr: [u8; 16],
     }
 }
 
@@ -222,8 +275,25 @@ shared! {
 pub const ORIGIN_OPTION_VERSION: u32 = 1;
 
 shared! {
+    /// The answer to [`MESH_REDIRECT_RESOLVER`]: for which resolver the queries are that come to a port.
+    ResolverOption: 24 {
+        /// Version of this answer: 1.
+        version: u32,
+        /// [`AF_INET`] or [`AF_INET6`].
+        family: u16,
+        /// [`DNS_PORT`].
+        port: u16,
+        /// Network order.
+        addr: [u8; 16],
+    }
+}
+
+/// [`ResolverOption::version`] of this version.
+pub const RESOLVER_OPTION_VERSION: u32 = 1;
+
+shared! {
     /// What happened to a service's connections. Value of `MR_COUNTERS` for each CPU, keyed by the service's id.
-    Counters: 48 {
+    Counters: 56 {
         /// Sent to the proxy.
         steered: u64,
         /// Left alone because policy says so.
@@ -236,13 +306,22 @@ shared! {
         errors: u64,
         /// Would have been sent to the proxy, were the service not only observed.
         observed: u64,
+        /// DNS queries that were sent to the proxy by datagram: one for each datagram, or for each connect.
+        queries: u64,
     }
 }
 
 impl Counters {
     /// Nothing happened yet.
-    pub const ZERO: Self =
-        Self { steered: 0, passed_by_rule: 0, passed_proxy_absent: 0, refused: 0, errors: 0, observed: 0 };
+    pub const ZERO: Self = Self {
+        steered: 0,
+        passed_by_rule: 0,
+        passed_proxy_absent: 0,
+        refused: 0,
+        errors: 0,
+        observed: 0,
+        queries: 0,
+    };
 }
 
 /// Names of the maps that are pinned, in the kernel (at most 15 bytes) and below the pin directory.
@@ -262,8 +341,14 @@ pub mod maps {
     /// Socket storage: [`Listener`](super::Listener).
     pub const LISTENERS: &str = "MR_LISTENERS";
 
+    /// Hash: [`ResolverKey`](super::ResolverKey) → the resolver's address, 16 bytes in network order.
+    pub const RESOLVERS: &str = "MR_RESOLVERS";
+    /// Hash: [`VirtualKey`](super::VirtualKey) → [`Endpoint`](super::Endpoint).
+    pub const VIRTUAL: &str = "MR_VIRTUAL";
+
     /// All of them.
-    pub const ALL: [&str; 7] = [SERVICES, RULES, COUNTERS, SCOPES, ORIGINS, CONNECTIONS, LISTENERS];
+    pub const ALL: [&str; 9] =
+        [SERVICES, RULES, COUNTERS, SCOPES, ORIGINS, CONNECTIONS, LISTENERS, RESOLVERS, VIRTUAL];
 }
 
 /// The programs: their names in the kernel, and where they attach.
@@ -283,6 +368,12 @@ pub mod programs {
     pub const BPF_CGROUP_INET4_CONNECT: u32 = 10;
     /// See [`BPF_CGROUP_SOCK_OPS`].
     pub const BPF_CGROUP_INET6_CONNECT: u32 = 11;
+    /// See [`BPF_CGROUP_SOCK_OPS`].
+    pub const BPF_CGROUP_UDP4_SENDMSG: u32 = 14;
+    /// See [`BPF_CGROUP_SOCK_OPS`].
+    pub const BPF_CGROUP_UDP6_SENDMSG: u32 = 15;
+    const BPF_CGROUP_UDP4_RECVMSG: u32 = 19;
+    const BPF_CGROUP_UDP6_RECVMSG: u32 = 20;
     const BPF_CGROUP_GETSOCKOPT: u32 = 21;
     const BPF_CGROUP_INET4_GETPEERNAME: u32 = 29;
     const BPF_CGROUP_INET6_GETPEERNAME: u32 = 30;
@@ -300,13 +391,21 @@ pub mod programs {
         program("mr_connect6", BPF_CGROUP_INET6_CONNECT),
     ];
 
+    /// Attached to them too where DNS is captured: datagrams of sockets that are not connected.
+    pub const DATAGRAM: [Program; 4] = [
+        program("mr_recvmsg4", BPF_CGROUP_UDP4_RECVMSG),
+        program("mr_recvmsg6", BPF_CGROUP_UDP6_RECVMSG),
+        program("mr_sendmsg4", BPF_CGROUP_UDP4_SENDMSG),
+        program("mr_sendmsg6", BPF_CGROUP_UDP6_SENDMSG),
+    ];
+
     /// Attached to the proxy's cgroup. Without them no listener counts as the proxy, so nothing is steered.
     pub const PROXY: [Program; 2] =
         [program("mr_getsockopt", BPF_CGROUP_GETSOCKOPT), program("mr_proxy_ops", BPF_CGROUP_SOCK_OPS)];
 
     /// All of them.
     pub fn all() -> impl Iterator<Item = Program> {
-        SERVICE.into_iter().chain(PROXY)
+        DATAGRAM.into_iter().chain(SERVICE).chain(PROXY)
     }
 }
 

@@ -11,6 +11,8 @@
 
 mod connect;
 mod context;
+mod datagram;
+mod kernel;
 mod liveness;
 mod maps;
 mod origin;
@@ -43,6 +45,30 @@ pub fn mr_peername4(ctx: SockAddrContext) -> i32 {
 #[cgroup_sock_addr(getpeername6)]
 pub fn mr_peername6(ctx: SockAddrContext) -> i32 {
     peer::getpeername6(&ctx)
+}
+
+/// Linux 4.18.
+#[cgroup_sock_addr(sendmsg4)]
+pub fn mr_sendmsg4(ctx: SockAddrContext) -> i32 {
+    datagram::sendmsg4(&ctx)
+}
+
+/// Linux 4.18.
+#[cgroup_sock_addr(sendmsg6)]
+pub fn mr_sendmsg6(ctx: SockAddrContext) -> i32 {
+    datagram::sendmsg6(&ctx)
+}
+
+/// Linux 5.2.
+#[cgroup_sock_addr(recvmsg4)]
+pub fn mr_recvmsg4(ctx: SockAddrContext) -> i32 {
+    datagram::recvmsg4(&ctx)
+}
+
+/// Linux 5.2.
+#[cgroup_sock_addr(recvmsg6)]
+pub fn mr_recvmsg6(ctx: SockAddrContext) -> i32 {
+    datagram::recvmsg6(&ctx)
 }
 
 /// In a service's cgroup: hands the origin over to the proxy. Linux 5.8 for socket storage in this program type.

@@ -1,8 +1,8 @@
 //! Every map, and what the programs do with each.
 
 use agent_ebpf::{
-    Connection, Counters, Ends, Listener, MAX_CONNECTIONS, MAX_RULES, MAX_SERVICES, Origin, RuleKey, Rules,
-    Service,
+    Connection, Counters, Endpoint, Ends, Listener, MAX_CONNECTIONS, MAX_RULES, MAX_SERVICES, MAX_VIRTUAL,
+    Origin, RESOLVER_PORTS, ResolverKey, RuleKey, Rules, Service, VirtualKey, decide::Destination,
 };
 #[expect(
     deprecated,
@@ -11,7 +11,7 @@ use agent_ebpf::{
 use aya_ebpf::maps::CgroupStorage;
 use aya_ebpf::{
     Global,
-    bindings::{BPF_SK_STORAGE_GET_F_CREATE, bpf_sock},
+    bindings::{BPF_F_NO_PREALLOC, BPF_NOEXIST, BPF_SK_STORAGE_GET_F_CREATE, bpf_sock},
     btf_maps::SkStorage,
     helpers::generated::bpf_sk_storage_get,
     macros::{btf_map, map},
@@ -28,6 +28,10 @@ static MR_COUNTERS: PerCpuHashMap<u32, Counters> = PerCpuHashMap::with_max_entri
 static MR_ORIGINS: LruHashMap<u64, Origin> = LruHashMap::with_max_entries(MAX_CONNECTIONS, 0);
 #[map]
 static MR_CONNECTIONS: LruHashMap<Ends, Connection> = LruHashMap::with_max_entries(MAX_CONNECTIONS, 0);
+#[map]
+static MR_RESOLVERS: HashMap<ResolverKey, [u8; 16]> = HashMap::with_max_entries(2 * RESOLVER_PORTS as u32, 0);
+#[map]
+static MR_VIRTUAL: HashMap<VirtualKey, Endpoint> = HashMap::with_max_entries(MAX_VIRTUAL, BPF_F_NO_PREALLOC);
 #[map]
 #[expect(deprecated, reason = "see the import")]
 static MR_SCOPES: CgroupStorage<u32> = CgroupStorage::new();
@@ -90,6 +94,32 @@ pub fn set_origin(socket: u64, origin: &Origin) -> bool {
 #[inline(always)]
 pub fn clear_origin(socket: u64) {
     let _absent_is_fine = MR_ORIGINS.remove(socket);
+}
+
+/// The resolver that a port of the proxy's stands for.
+#[inline(always)]
+pub fn resolver(key: &ResolverKey) -> Option<&'static [u8; 16]> {
+    // SAFETY: entries are added whole and never changed.
+    unsafe { MR_RESOLVERS.get(key) }
+}
+
+/// Whether a port stands for this resolver; one that stands for none does so from now on.
+#[inline(always)]
+pub fn stands_for(key: &ResolverKey, addr: &[u8; 16]) -> bool {
+    if resolver(key).is_none() {
+        let _another_was_first = MR_RESOLVERS.insert(key, addr, BPF_NOEXIST.into());
+    }
+    resolver(key).is_some_and(|found| found == addr)
+}
+
+/// Where a connection to a virtual address goes that is not steered.
+#[inline(always)]
+pub fn endpoint(destination: &Destination) -> Option<Destination> {
+    let key = VirtualKey { family: destination.family.into(), addr: destination.addr };
+    // SAFETY: the agent replaces entries whole.
+    let Endpoint { family, port, addr } = *unsafe { MR_VIRTUAL.get(key) }?;
+    // A socket of the one family cannot reach the other.
+    (family == destination.family).then_some(Destination { family, port, addr })
 }
 
 /// The mark of a listener of the proxy.

@@ -6,8 +6,9 @@
 
 use crate::{context, maps};
 use agent_ebpf::{
-    AF_INET, AF_INET6, MESH_REDIRECT_HEARTBEAT, MESH_REDIRECT_ORIGIN, NAME_LEN, ORIGIN_OPTION_VERSION,
-    Origin, OriginOption, SO_ORIGINAL_DST, SOL_IP, SOL_IPV6, SOL_MESH_REDIRECT,
+    AF_INET, AF_INET6, DNS_PORT, MESH_REDIRECT_HEARTBEAT, MESH_REDIRECT_ORIGIN, MESH_REDIRECT_RESOLVER,
+    NAME_LEN, ORIGIN_OPTION_VERSION, Origin, OriginOption, RESOLVER_OPTION_VERSION, ResolverKey,
+    ResolverOption, SO_ORIGINAL_DST, SOL_IP, SOL_IPV6, SOL_MESH_REDIRECT,
 };
 use aya_ebpf::{
     bindings::{
@@ -105,6 +106,13 @@ pub fn getsockopt(ctx: &SockoptContext) -> i32 {
                 && origin.family == AF_INET6
             {
                 context::answer(ctx, &SockaddrIn6::of(origin));
+            }
+        }
+        (SOL_MESH_REDIRECT, MESH_REDIRECT_RESOLVER) => {
+            let (port, family) = context::port_of_asked(ctx);
+            if let Some(&addr) = maps::resolver(&ResolverKey { family, port }) {
+                let version = RESOLVER_OPTION_VERSION;
+                context::answer(ctx, &ResolverOption { version, family, port: DNS_PORT, addr });
             }
         }
         (SOL_MESH_REDIRECT, MESH_REDIRECT_ORIGIN) => {

@@ -69,6 +69,7 @@ pub(crate) struct Counters {
     pub(crate) refused: u64,
     pub(crate) errors: u64,
     pub(crate) observed: u64,
+    pub(crate) queries: u64,
 }
 
 /// Services to enable or disable.

@@ -10,6 +10,7 @@ use crate::{
     mode::{self, Mode},
     plan, present, probe, ready,
     redirect::{Redirect, ebpf::Ebpf},
+    routable::Routable,
     rules, server,
     state::StateFile,
     watch,
@@ -66,6 +67,7 @@ fn bad_input(error: &ConfigError) -> ExitCode {
 
 fn daemon(config: Config, file: Option<PathBuf>) -> anyhow::Result<()> {
     let (run, proxy) = (config.paths.run.clone(), config.proxy.clone());
+    let (follows_routable, admin) = (config.follows_routable(), config.proxy.admin);
     let _only_one = lock::daemon(&run)?;
     let cgroup_root = probe::cgroup2_mount()?;
     let daemon = Daemon::start(config, file, Workloads::new(cgroup_root.clone()))?;
@@ -78,6 +80,11 @@ fn daemon(config: Config, file: Option<PathBuf>) -> anyhow::Result<()> {
             });
         };
         thread::Builder::new().name("watch".to_owned()).spawn(watch)?;
+    }
+    if follows_routable {
+        let tell = requests.clone();
+        let watch = move || watch::routable(admin, |routable| tell.send(Request::Routable(routable)).is_ok());
+        thread::Builder::new().name("routable".to_owned()).spawn(watch)?;
     }
     let mind = thread::Builder::new().name("daemon".to_owned()).spawn(move || daemon.run(&received))?;
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
@@ -162,7 +169,8 @@ fn attach(config: &Config, attach: &Attach) -> anyhow::Result<()> {
     let Some(entry) = state.get(name) else {
         bail!("service `{name}` is not enabled; `mesh-redirect enable {name}` does it");
     };
-    let mut service = plan::service(config, name, entry, &mut plan::Compiled::default())?;
+    let mut compiled = plan::Compiled::new(Routable::load(&config.paths.state));
+    let mut service = plan::service(config, name, entry, &mut compiled)?;
     service.scopes.push(cgroup);
     redirect.attach_service(&service)?;
     Ok(())
@@ -174,6 +182,7 @@ fn cleanup(config: &Config) -> anyhow::Result<()> {
     let held = lock::kernel(run)?;
     remove_redirects(config)?;
     remove_drop_ins(config)?;
+    Routable::remove(&config.paths.state);
     let file = StateFile::new(&config.paths.state);
     remove_command_cgroups(&file);
     file.remove()?;
@@ -257,9 +266,12 @@ fn explain(
 ) -> anyhow::Result<ExitCode> {
     check_name(service).map_err(anyhow::Error::msg)?;
     let policy = config.policy(service);
+    let routable = if policy.follows_routable() { known_routable(config) } else { Routable::default() };
     let explained: Vec<present::Explained> = destinations
         .iter()
-        .map(|&destination| present::Explained::new(destination, &rules::decide(policy, destination)))
+        .map(|&destination| {
+            present::Explained::new(destination, &rules::decide(policy, &routable, destination))
+        })
         .collect();
     if output.json {
         print_json(&explained)?;
@@ -267,6 +279,14 @@ fn explain(
         print(&present::explained(&explained))?;
     }
     Ok(ExitCode::SUCCESS)
+}
+
+/// As the proxy says now, or as it was last known.
+fn known_routable(config: &Config) -> Routable {
+    match ready::routable(config.proxy.admin, None) {
+        Ok(Some((routable, _))) => routable,
+        _ => Routable::load(&config.paths.state),
+    }
 }
 
 fn print_json(value: &impl serde::Serialize) -> anyhow::Result<()> {

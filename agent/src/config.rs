@@ -13,7 +13,7 @@ use std::{
     sync::Arc,
 };
 
-pub(crate) use raw::{Failure, Ports};
+pub(crate) use raw::{Base, Failure, Ports};
 
 /// Where the configuration is looked for when no other file is named.
 pub(crate) const DEFAULT_FILE: &str = "/etc/mesh-redirect/agent.yaml";
@@ -51,6 +51,8 @@ pub(crate) struct Paths {
 pub(crate) struct Proxy {
     /// Where it listens on 127.0.0.1 and ::1.
     pub(crate) port: u16,
+    /// Where it serves DNS on 127.0.0.1 and ::1: the first of [`agent_ebpf::RESOLVER_PORTS`] ports.
+    pub(crate) dns_port: u16,
     /// Where it says whether it is ready: `GET /ready`.
     pub(crate) admin: SocketAddr,
     pub(crate) scope: Scope,
@@ -105,25 +107,48 @@ pub(crate) struct Service {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct Policy {
     pub(crate) failure: Failure,
+    /// What is steered unless the others say otherwise.
+    pub(crate) base: Base,
     /// Shared by services that inherit it.
     pub(crate) include: Arc<[Capture]>,
     pub(crate) exclude: Arc<[Capture]>,
+    /// Whether DNS queries are steered.
+    pub(crate) dns: bool,
+}
+
+impl Policy {
+    /// Whether what the proxy can route makes a difference to it.
+    pub(crate) fn follows_routable(&self) -> bool {
+        let is_service = |capture: &Capture| matches!(capture.destinations, Destinations::Service(_));
+        self.dns || self.base == Base::Routable || self.include.iter().chain(&*self.exclude).any(is_service)
+    }
 }
 
 /// A set of destinations.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct Capture {
-    /// Absent: any address of either family.
-    pub(crate) cidr: Option<ipnet::IpNet>,
+    pub(crate) destinations: Destinations,
     /// Empty: any port.
     pub(crate) ports: Vec<Ports>,
 }
 
+/// Addresses.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) enum Destinations {
+    /// Of either family.
+    Any,
+    /// A block of them.
+    Block(ipnet::IpNet),
+    /// Those of a service that the proxy can route, as it says itself.
+    Service(String),
+}
+
 impl fmt::Display for Capture {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self.cidr {
-            Some(cidr) => cidr.fmt(f)?,
-            None => f.write_str("any address")?,
+        match &self.destinations {
+            Destinations::Any => f.write_str("any address")?,
+            Destinations::Block(block) => block.fmt(f)?,
+            Destinations::Service(name) => write!(f, "service {name}")?,
         }
         let any = Ports { first: 0, last: u16::MAX };
         let ports: Vec<String> =
@@ -156,6 +181,12 @@ impl Config {
             at(error.location().unwrap_or(Location::UNKNOWN), strip_location(&error.to_string()))
         })?;
         raw.validate().map_err(|Fault { location, message }| at(location, message))
+    }
+
+    /// Whether what the proxy can route makes a difference to any service.
+    pub(crate) fn follows_routable(&self) -> bool {
+        let of_services = self.services.values().map(|service| &service.policy);
+        of_services.chain([&self.defaults]).any(Policy::follows_routable)
     }
 
     /// The policy of a service, named by the file or not.
@@ -217,21 +248,25 @@ fn fault<T, R>(at: &Spanned<T>, message: impl Into<String>) -> Result<R, Fault> 
 
 impl RawConfig {
     fn validate(self) -> Result<Config, Fault> {
-        let defaults = Policy {
-            failure: self.failure.unwrap_or(Failure::Open),
-            include: self.capture.include.map_or_else(anything, Into::into),
-            exclude: self.capture.exclude.unwrap_or_default().into(),
+        let none = Policy {
+            failure: Failure::Open,
+            base: Base::All,
+            include: [].into(),
+            exclude: [].into(),
+            dns: false,
         };
+        let defaults = policy(self.failure, self.capture, &none);
         let paths = Paths {
             run: absolute(self.paths.run, "/run/mesh-redirect")?,
             state: absolute(self.paths.state, "/var/lib/mesh-redirect")?,
             pins: pins(self.paths.pins)?,
             hosts: absolute(self.paths.hosts, "/etc/hosts")?,
         };
-        let RawProxy { port, admin, unit, cgroup } = self.proxy;
+        let RawProxy { port, dns_port, admin, unit, cgroup } = self.proxy;
         let scope = RawScope { unit, cgroup, ..RawScope::default() }.validate()?;
         let proxy = Proxy {
             port: port.map_or(15001, raw::Port::get),
+            dns_port: first_dns_port(dns_port)?,
             admin: admin.map_or(SocketAddr::from((Ipv4Addr::LOCALHOST, 15000)), |admin| admin.value),
             scope: scope.unwrap_or_else(|| Scope::Unit("mesh-proxy.service".to_owned())),
         };
@@ -250,19 +285,34 @@ impl RawConfig {
 }
 
 fn service(raw: RawService, defaults: &Policy) -> Result<Service, Fault> {
-    let RawCapture { include, exclude } = raw.capture;
-    let policy = Policy {
-        failure: raw.failure.unwrap_or(defaults.failure),
-        include: include.map_or_else(|| Arc::clone(&defaults.include), Into::into),
-        exclude: exclude.map_or_else(|| Arc::clone(&defaults.exclude), Into::into),
-    };
-    let RawService { unit, cgroup, user, container, .. } = raw;
+    let RawService { unit, cgroup, user, container, failure, capture } = raw;
+    let policy = policy(failure, capture, defaults);
     Ok(Service { scope: RawScope { unit, cgroup, user, container }.validate()?, policy })
 }
 
-/// Steered unless something says otherwise.
-fn anything() -> Arc<[Capture]> {
-    [Capture { cidr: None, ports: Vec::new() }].into()
+/// A policy, which has from another one what it does not say itself. Whoever lists what is steered means the list alone.
+fn policy(failure: Option<Failure>, capture: RawCapture, inherited: &Policy) -> Policy {
+    let RawCapture { base, include, exclude, dns } = capture;
+    let listed = include.is_some().then_some(Base::Listed);
+    Policy {
+        failure: failure.unwrap_or(inherited.failure),
+        base: base.or(listed).unwrap_or(inherited.base),
+        include: include.map_or_else(|| Arc::clone(&inherited.include), Into::into),
+        exclude: exclude.map_or_else(|| Arc::clone(&inherited.exclude), Into::into),
+        dns: dns.unwrap_or(inherited.dns),
+    }
+}
+
+fn first_dns_port(port: Option<Spanned<raw::Port>>) -> Result<u16, Fault> {
+    let Some(port) = port else { return Ok(15053) };
+    let first = port.value.get();
+    let ports = agent_ebpf::RESOLVER_PORTS;
+    match first.checked_add(ports - 1) {
+        Some(_) => Ok(first),
+        None => {
+            fault(&port, format!("DNS takes {ports} ports from {first} on, which is more than there are"))
+        }
+    }
 }
 
 impl RawScope {

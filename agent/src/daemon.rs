@@ -7,6 +7,7 @@ use crate::{
     mode::{self, Mode},
     plan, probe,
     redirect::{self, Cgroup, Redirect},
+    routable::Routable,
     state::{State, StateFile},
     watch,
     workload::{
@@ -42,6 +43,8 @@ pub(crate) enum Request {
     Adopt(String, u32, Reply<api::Joined>),
     /// Steer the cgroup that a process is in as a service's: the unit is about to start there.
     Attach(String, i32, Reply<api::Joined>),
+    /// What the proxy can route, which has changed.
+    Routable(Routable),
     /// Whether the proxy is ready for IPv4 and for IPv6.
     Proxy([bool; 2]),
     Stop,
@@ -113,6 +116,7 @@ impl Daemon {
         tracing::info!(%mode, "{reason}");
         let redirect = |mode| Redirect::new(mode, &config, workloads.cgroup_root());
         let former = state.mode().filter(|former| *former != mode).map(redirect);
+        let compiled = plan::Compiled::new(Routable::load(&config.paths.state));
         state.set_mode(mode);
         file.save(&state)?;
         let mut daemon = Self {
@@ -124,7 +128,7 @@ impl Daemon {
             config_file,
             file,
             workloads,
-            compiled: plan::Compiled::default(),
+            compiled,
             commands: 0,
         };
         daemon.reconcile()?;
@@ -150,6 +154,7 @@ impl Daemon {
                 Ok(Request::Join(name, pid, reply)) => answer(reply, self.join(&name, pid)),
                 Ok(Request::Adopt(name, pid, reply)) => answer(reply, self.adopt(&name, pid)),
                 Ok(Request::Attach(name, pid, reply)) => answer(reply, self.attach(&name, pid)),
+                Ok(Request::Routable(routable)) => self.hear_of_routable(routable),
                 Ok(Request::Proxy(ready)) => self.hear_of_proxy(ready),
                 Ok(Request::Stop) | Err(RecvTimeoutError::Disconnected) => return,
                 Err(RecvTimeoutError::Timeout) => {}
@@ -326,6 +331,19 @@ impl Daemon {
         }
     }
 
+    /// What cannot be had leaves what holds as it is, until the proxy can route something else.
+    fn hear_of_routable(&mut self, routable: Routable) {
+        let saved = routable.save(&self.config.paths.state);
+        let before = std::mem::replace(&mut self.compiled, plan::Compiled::new(routable));
+        if let Err(error) = self.apply(&self.state.clone()) {
+            tracing::error!("what the proxy can route has changed, and is not followed: {error}");
+            self.compiled = before;
+        }
+        if let Err(error) = saved {
+            tracing::warn!("keep what the proxy can route: {error}");
+        }
+    }
+
     fn status(&mut self) -> Result<api::Status, Error> {
         let desired = plan::everything(&self.config, &self.state, &mut self.workloads, &mut self.compiled)?;
         let kernel = self.redirect.status(&desired)?;
@@ -471,8 +489,15 @@ fn is_used(dir: &Path) -> bool {
 
 impl From<agent_ebpf::Counters> for api::Counters {
     fn from(counters: agent_ebpf::Counters) -> Self {
-        let agent_ebpf::Counters { steered, passed_by_rule, passed_proxy_absent, refused, errors, observed } =
-            counters;
-        Self { steered, passed_by_rule, passed_proxy_absent, refused, errors, observed }
+        let agent_ebpf::Counters {
+            steered,
+            passed_by_rule,
+            passed_proxy_absent,
+            refused,
+            errors,
+            observed,
+            queries,
+        } = counters;
+        Self { steered, passed_by_rule, passed_proxy_absent, refused, errors, observed, queries }
     }
 }

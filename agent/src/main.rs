@@ -16,6 +16,7 @@ mod present;
 mod probe;
 mod ready;
 mod redirect;
+mod routable;
 mod rules;
 mod server;
 mod sockets;

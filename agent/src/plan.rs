@@ -3,11 +3,12 @@
 use crate::{
     config::{Config, Policy, Scope},
     redirect::{Desired, Service},
+    routable::Routable,
     rules::{self, TooManyRanges},
     state::{Entry, State},
     workload::Workloads,
 };
-use std::{io, sync::Arc};
+use std::{collections::BTreeMap, io, sync::Arc};
 
 /// Why it cannot be said what the kernel shall do.
 #[derive(Debug, thiserror::Error)]
@@ -20,17 +21,26 @@ pub(crate) enum PlanError {
     Units(io::Error),
 }
 
-/// Policies that were compiled already. The configuration stays the same as long as a process.
+/// Policies that were compiled already, for what the proxy can route. The configuration stays the same as long as a
+/// process.
 #[derive(Debug, Default)]
-pub(crate) struct Compiled(Vec<(Policy, Arc<[rules::Entry]>)>);
+pub(crate) struct Compiled {
+    routable: Routable,
+    policies: Vec<(Policy, Arc<[rules::Entry]>)>,
+}
 
 impl Compiled {
+    /// For what the proxy can route.
+    pub(crate) fn new(routable: Routable) -> Self {
+        Self { routable, policies: Vec::new() }
+    }
+
     fn get(&mut self, policy: &Policy) -> Result<Arc<[rules::Entry]>, TooManyRanges> {
-        if let Some((_, entries)) = self.0.iter().find(|(known, _)| known == policy) {
+        if let Some((_, entries)) = self.policies.iter().find(|(known, _)| known == policy) {
             return Ok(Arc::clone(entries));
         }
-        let entries: Arc<[rules::Entry]> = rules::compile(policy)?.into();
-        self.0.push((policy.clone(), Arc::clone(&entries)));
+        let entries: Arc<[rules::Entry]> = rules::compile(policy, &self.routable)?.into();
+        self.policies.push((policy.clone(), Arc::clone(&entries)));
         Ok(entries)
     }
 }
@@ -58,7 +68,9 @@ pub(crate) fn everything(
         service.scopes.extend(commands.filter_map(|scope| workloads.cgroup(&scope)));
         services.push(service);
     }
-    Ok(Desired { proxy: workloads.cgroup(&config.proxy.scope), services })
+    let with_dns = services.iter().any(|service| service.dns_port.is_some());
+    let virtual_addresses = if with_dns { compiled.routable.virtual_addresses() } else { BTreeMap::new() };
+    Ok(Desired { proxy: workloads.cgroup(&config.proxy.scope), services, virtual_addresses })
 }
 
 /// One service, without its cgroups.
@@ -77,6 +89,7 @@ pub(crate) fn service(
         failure: policy.failure,
         observe: entry.observe,
         proxy_port: config.proxy.port,
+        dns_port: policy.dns.then_some(config.proxy.dns_port),
         entries,
         scopes: Vec::new(),
         users: Vec::new(),

@@ -33,23 +33,23 @@ pub(crate) fn status(status: &api::Status) -> String {
         return text;
     }
     let head = [
-        "SERVICE", "SCOPE", "FAILURE", "STEERED", "OBSERVED", "BY RULE", "NO PROXY", "REFUSED", "ERRORS",
-        "SINCE",
+        "SERVICE", "SCOPE", "FAILURE", "STEERED", "QUERIES", "OBSERVED", "BY RULE", "NO PROXY", "REFUSED",
+        "ERRORS", "SINCE",
     ];
     let mut rows = vec![head.map(str::to_owned)];
     rows.extend(status.services.iter().flat_map(service_rows));
     text + &table(&rows)
 }
 
-fn service_rows(service: &api::Service) -> Vec<[String; 10]> {
+fn service_rows(service: &api::Service) -> Vec<[String; 11]> {
     let scope = |scope: &api::Scope| {
         if scope.attached { scope.cgroup.clone() } else { format!("{} (not attached)", scope.cgroup) }
     };
     let mut scopes = service.scopes.iter().map(scope);
-    let api::Counters { steered, passed_by_rule, passed_proxy_absent, refused, errors, observed } =
+    let api::Counters { steered, passed_by_rule, passed_proxy_absent, refused, errors, observed, queries } =
         service.counters;
-    let [steered, observed, by_rule, absent, refused, errors] =
-        [steered, observed, passed_by_rule, passed_proxy_absent, refused, errors]
+    let [steered, queries, observed, by_rule, absent, refused, errors] =
+        [steered, queries, observed, passed_by_rule, passed_proxy_absent, refused, errors]
             .map(|count| count.to_string());
     // One that is not enabled is here for commands that run as it.
     let name = match (service.enabled, service.observe) {
@@ -59,10 +59,21 @@ fn service_rows(service: &api::Service) -> Vec<[String; 10]> {
     };
     let since = utc(service.since);
     let scope = scopes.next().unwrap_or_else(|| "(not running)".to_owned());
-    let first =
-        [name, scope, service.failure.clone(), steered, observed, by_rule, absent, refused, errors, since];
+    let first = [
+        name,
+        scope,
+        service.failure.clone(),
+        steered,
+        queries,
+        observed,
+        by_rule,
+        absent,
+        refused,
+        errors,
+        since,
+    ];
     let further = scopes.map(|scope| {
-        let mut row: [String; 10] = Default::default();
+        let mut row: [String; 11] = Default::default();
         row[1] = scope;
         row
     });

@@ -1,6 +1,7 @@
-//! What the proxy says at its admin address: whether it is ready (`GET /ready`, as Envoy has it too), and which names it
-//! listens for (`GET /names`).
+//! What the proxy says at its admin address: whether it is ready (`GET /ready`, as Envoy has it too), which names it
+//! listens for (`GET /names`), and what it can route (`GET /routable`).
 
+use crate::routable::Routable;
 use serde::Deserialize;
 use std::{
     io::{self, Read as _, Write as _},
@@ -10,14 +11,34 @@ use std::{
 
 /// How long the proxy may take to say it.
 const PATIENCE: Duration = Duration::from_millis(300);
-/// Bytes of an answer: what thousands of names take.
-const MAX_ANSWER: u64 = 4 << 20;
+/// Bytes of an answer: what ten thousand services with ten endpoints each take.
+const MAX_ANSWER: u64 = 16 << 20;
 /// How an answer of success begins, in any version of HTTP/1.
 const SUCCESS: [&[u8]; 2] = [b"HTTP/1.1 200", b"HTTP/1.0 200"];
+/// And how one that says that nothing has changed (RFC 9110 §15.4.5).
+const NOT_MODIFIED: &[u8] = b"HTTP/1.1 304";
 
 /// Asks it.
 pub(crate) fn says_ready(admin: SocketAddr) -> bool {
-    get(admin, "/ready").is_ok()
+    get(admin, "/ready", "").is_ok()
+}
+
+/// What it can route, and by which tag it knows that; none where it is still what it gave the tag for.
+pub(crate) fn routable(admin: SocketAddr, known: Option<&str>) -> io::Result<Option<(Routable, String)>> {
+    let condition = known.map(|tag| format!("if-none-match: {tag}\r\n")).unwrap_or_default();
+    let Answer { head, body, is_modified } = get(admin, "/routable", &condition)?;
+    if !is_modified {
+        return Ok(None);
+    }
+    Ok(Some((Routable::parse(&body)?, tag(&head))))
+}
+
+fn tag(head: &str) -> String {
+    let tag = head.lines().find_map(|line| {
+        let (name, value) = line.split_once(':')?;
+        name.eq_ignore_ascii_case("etag").then(|| value.trim().to_owned())
+    });
+    tag.unwrap_or_default()
 }
 
 /// A name that the proxy routes, and listens for at an address of its own.
@@ -30,7 +51,7 @@ pub(crate) struct Name {
 
 /// Asks for its names.
 pub(crate) fn names(admin: SocketAddr) -> io::Result<Vec<Name>> {
-    let names: Vec<Name> = serde_json::from_slice(&get(admin, "/names")?)?;
+    let names: Vec<Name> = serde_json::from_slice(&get(admin, "/names", "")?.body)?;
     match names.iter().find(|name| !name.is_sound()) {
         Some(name) => Err(io::Error::other(format!(
             "`{}` at {} is no name for a hosts file",
@@ -50,22 +71,27 @@ impl Name {
     }
 }
 
-/// The body of a success.
-fn get(admin: SocketAddr, path: &str) -> io::Result<Vec<u8>> {
+/// A success.
+struct Answer {
+    head: String,
+    body: Vec<u8>,
+    is_modified: bool,
+}
+
+fn get(admin: SocketAddr, path: &str, condition: &str) -> io::Result<Answer> {
     let mut stream = TcpStream::connect_timeout(&admin, PATIENCE)?;
     stream.set_read_timeout(Some(PATIENCE))?;
     stream.set_write_timeout(Some(PATIENCE))?;
-    stream
-        .write_all(format!("GET {path} HTTP/1.1\r\nhost: {admin}\r\nconnection: close\r\n\r\n").as_bytes())?;
+    let request = format!("GET {path} HTTP/1.1\r\nhost: {admin}\r\n{condition}connection: close\r\n\r\n");
+    stream.write_all(request.as_bytes())?;
     let mut answer = Vec::new();
     stream.take(MAX_ANSWER).read_to_end(&mut answer)?;
-    let end = answer.windows(4).position(|bytes| bytes == b"\r\n\r\n");
-    match end {
-        Some(end) if SUCCESS.iter().any(|success| answer.starts_with(success)) => {
-            Ok(answer.split_off(end + 4))
-        }
-        _ => Err(io::Error::other("it does not answer with success")),
-    }
+    let is_modified = !answer.starts_with(NOT_MODIFIED);
+    let success = !is_modified || SUCCESS.iter().any(|success| answer.starts_with(success));
+    let end = answer.windows(4).position(|bytes| bytes == b"\r\n\r\n").filter(|_| success);
+    let end = end.ok_or_else(|| io::Error::other("it does not answer with success"))?;
+    let body = answer.split_off(end + 4);
+    Ok(Answer { head: String::from_utf8_lossy(&answer).into_owned(), body, is_modified })
 }
 
 #[cfg(test)]

@@ -14,8 +14,9 @@ use ebpf::Ebpf;
 use hosts::Hosts;
 use nftables::Nftables;
 use std::{
-    collections::BTreeSet,
+    collections::{BTreeMap, BTreeSet},
     fmt, fs, io,
+    net::{IpAddr, SocketAddr},
     os::unix::fs::MetadataExt as _,
     path::{Path, PathBuf},
     sync::Arc,
@@ -115,6 +116,8 @@ pub(crate) struct Desired {
     pub(crate) proxy: Option<Cgroup>,
     /// The services.
     pub(crate) services: Vec<Service>,
+    /// Where virtual addresses lead when they are not steered; none unless a service's DNS is captured.
+    pub(crate) virtual_addresses: BTreeMap<IpAddr, SocketAddr>,
 }
 
 /// One service that shall be steered.
@@ -128,6 +131,8 @@ pub(crate) struct Service {
     /// Whether what would be steered is only counted.
     pub(crate) observe: bool,
     pub(crate) proxy_port: u16,
+    /// Where the proxy serves DNS, if the service's queries shall go there.
+    pub(crate) dns_port: Option<u16>,
     /// Shared by services of the same policy.
     pub(crate) entries: Arc<[Entry]>,
     /// Where its processes are now; none for a unit that does not run.

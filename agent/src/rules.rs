@@ -1,12 +1,17 @@
 //! From a written policy to what the kernel looks up: pure.
 //!
 //! A destination is steered when an include covers it, and every exclude that covers it has a more specific include
-//! that covers it too. One capture is more specific than another when it lies wholly within the other and is not the
+//! that covers it too. Beside what is written, the base of a policy is an include, and so is what DNS needs: port 53, and
+//! the virtual addresses. One capture is more specific than another when it lies wholly within the other and is not the
 //! same; captures that merely overlap are not comparable, and then the exclude wins.
 
-use crate::config::{Capture, Failure, Policy, Ports};
+use crate::{
+    config::{Base, Capture, Destinations, Failure, Policy, Ports},
+    routable::Routable,
+};
 use agent_ebpf::{
-    AF_INET, AF_INET6, MAX_PORT_RANGES, PortRange, RuleKey, Rules, VERDICT_STEER, decide::Destination,
+    AF_INET, AF_INET6, DNS_PORT, MAX_PORT_RANGES, PortRange, RuleKey, Rules, VERDICT_STEER,
+    decide::Destination,
 };
 use ipnet::{IpNet, Ipv4Net, Ipv6Net};
 use std::{
@@ -70,13 +75,15 @@ pub(crate) struct TooManyRanges {
 
 /// A capture of one block and one range.
 #[derive(Clone, Copy, Debug)]
-struct Block {
+struct Block<'p> {
     net: IpNet,
     ports: Ports,
     include: bool,
+    /// The service of the proxy's that is there, where it is captured for that.
+    service: Option<&'p str>,
 }
 
-impl Block {
+impl Block<'_> {
     fn is_within(&self, other: &Self) -> bool {
         other.net.contains(&self.net)
             && other.ports.first <= self.ports.first
@@ -93,7 +100,18 @@ impl Block {
     }
 
     fn capture(&self) -> Capture {
-        Capture { cidr: Some(self.net), ports: vec![self.ports] }
+        let destinations = match self.service {
+            Some(service) => Destinations::Service(service.to_owned()),
+            None => Destinations::Block(self.net),
+        };
+        Capture { destinations, ports: vec![self.ports] }
+    }
+
+    /// The part of it that is at some ports.
+    fn at(self, ports: Ports) -> Option<Self> {
+        let first = self.ports.first.max(ports.first);
+        let last = self.ports.last.min(ports.last);
+        (first <= last).then_some(Self { ports: Ports { first, last }, ..self })
     }
 
     fn has_port(&self, port: u16) -> bool {
@@ -102,11 +120,11 @@ impl Block {
 }
 
 /// Compiles a policy: one entry for each block it names, which says all about the addresses that no smaller one holds.
-pub(crate) fn compile(policy: &Policy) -> Result<Vec<Entry>, TooManyRanges> {
-    let mut blocks = blocks(policy);
+pub(crate) fn compile(policy: &Policy, routable: &Routable) -> Result<Vec<Entry>, TooManyRanges> {
+    let mut blocks = blocks(policy, routable);
     // A net comes before what lies within it, so that those around one are always the ones that are still open.
     blocks.sort_by_key(|block| (block.net.network(), block.net.prefix_len()));
-    let mut open: Vec<Block> = Vec::new();
+    let mut open: Vec<Block<'_>> = Vec::new();
     let mut entries = Vec::new();
     for same in blocks.chunk_by(|a, b| a.net == b.net) {
         let Some(&Block { net, .. }) = same.first() else { continue };
@@ -119,9 +137,9 @@ pub(crate) fn compile(policy: &Policy) -> Result<Vec<Entry>, TooManyRanges> {
 
 /// A compiled policy that steers all there is.
 pub(crate) fn everything() -> Vec<Entry> {
-    let any = Capture { cidr: None, ports: Vec::new() };
-    let policy = Policy { failure: Failure::Open, include: [any].into(), exclude: [].into() };
-    compile(&policy).unwrap_or_default()
+    let (include, exclude) = ([].into(), [].into());
+    let policy = Policy { failure: Failure::Open, base: Base::All, include, exclude, dns: false };
+    compile(&policy, &Routable::default()).unwrap_or_default()
 }
 
 /// What becomes of a destination, and why.
@@ -138,7 +156,7 @@ pub(crate) enum Verdict {
 }
 
 /// What a policy says of a destination: the definition that every compiled form has to agree with.
-pub(crate) fn decide(policy: &Policy, destination: SocketAddr) -> Verdict {
+pub(crate) fn decide(policy: &Policy, routable: &Routable, destination: SocketAddr) -> Verdict {
     let ip = destination.ip().to_canonical();
     let local = match ip {
         IpAddr::V4(ip) => Destination::from_ipv4(ip.octets(), destination.port()),
@@ -147,10 +165,11 @@ pub(crate) fn decide(policy: &Policy, destination: SocketAddr) -> Verdict {
     if local.is_local() {
         return Verdict::Local;
     }
-    let covers = |block: &Block| block.net.contains(&ip) && block.has_port(destination.port());
-    let covering: Vec<Block> = blocks(policy).into_iter().filter(covers).collect();
-    let (includes, excludes): (Vec<Block>, Vec<Block>) = covering.iter().partition(|block| block.include);
-    let closest = |blocks: &[Block]| blocks.iter().min_by_key(|block| block.size()).map(Block::capture);
+    let covers = |block: &Block<'_>| block.net.contains(&ip) && block.has_port(destination.port());
+    let covering: Vec<Block<'_>> = blocks(policy, routable).into_iter().filter(covers).collect();
+    let (includes, excludes): (Vec<Block<'_>>, Vec<Block<'_>>) =
+        covering.iter().partition(|block| block.include);
+    let closest = |blocks: &[Block<'_>]| blocks.iter().min_by_key(|block| block.size()).map(Block::capture);
     match (closest(&includes), wins(covering.iter())) {
         (None, _) => Verdict::NotIncluded,
         (Some(include), true) => Verdict::Steered(include),
@@ -158,29 +177,66 @@ pub(crate) fn decide(policy: &Policy, destination: SocketAddr) -> Verdict {
     }
 }
 
-fn wins<'a>(covering: impl Iterator<Item = &'a Block>) -> bool {
-    let (includes, excludes): (Vec<&Block>, Vec<&Block>) = covering.partition(|block| block.include);
-    let outdone = |exclude: &Block| includes.iter().any(|include| include.is_more_specific_than(exclude));
+fn wins<'a, 'p: 'a>(covering: impl Iterator<Item = &'a Block<'p>>) -> bool {
+    let (includes, excludes): (Vec<&Block<'_>>, Vec<&Block<'_>>) = covering.partition(|block| block.include);
+    let outdone = |exclude: &Block<'_>| includes.iter().any(|include| include.is_more_specific_than(exclude));
     !includes.is_empty() && excludes.into_iter().all(outdone)
 }
 
-fn blocks(policy: &Policy) -> Vec<Block> {
-    let captures = |captures: &[Capture], include| {
-        captures.iter().flat_map(move |capture| capture_blocks(capture, include)).collect::<Vec<_>>()
+fn blocks<'p>(policy: &'p Policy, routable: &'p Routable) -> Vec<Block<'p>> {
+    let captures = |captures: &'p [Capture], include| {
+        let blocks = captures.iter().flat_map(move |capture| capture_blocks(capture, routable, include));
+        blocks.collect::<Vec<_>>()
     };
-    [captures(&policy.include, true), captures(&policy.exclude, false)].concat()
+    let base = match policy.base {
+        Base::All => anywhere(ANY_PORT).to_vec(),
+        Base::Routable => routable.all().map(|(service, to)| Block::of_service(service, to, true)).collect(),
+        Base::Listed => Vec::new(),
+    };
+    let dns = if policy.dns { dns_blocks() } else { Vec::new() };
+    [base, dns, captures(&policy.include, true), captures(&policy.exclude, false)].concat()
 }
 
-fn capture_blocks(capture: &Capture, include: bool) -> Vec<Block> {
-    let nets = match capture.cidr {
-        Some(net) => vec![net],
-        None => vec![Ipv4Net::default().into(), Ipv6Net::default().into()],
+impl<'p> Block<'p> {
+    fn of_service(service: &'p str, (net, ports): (IpNet, Ports), include: bool) -> Self {
+        Self { net, ports, include, service: Some(service) }
+    }
+}
+
+/// All addresses of both families.
+fn anywhere(ports: Ports) -> [Block<'static>; 2] {
+    [Ipv4Net::default().into(), Ipv6Net::default().into()].map(|net| Block {
+        net,
+        ports,
+        include: true,
+        service: None,
+    })
+}
+
+/// Queries, and what their answers lead to.
+fn dns_blocks() -> Vec<Block<'static>> {
+    let virtual_address = |net| Block { net, ports: ANY_PORT, include: true, service: None };
+    let virtual_addresses = VIRTUAL.iter().filter_map(|net| net.parse().ok()).map(virtual_address);
+    anywhere(Ports { first: DNS_PORT, last: DNS_PORT }).into_iter().chain(virtual_addresses).collect()
+}
+
+/// The addresses that the proxy gives to names ([`agent_ebpf::decide::Destination::is_virtual`]).
+const VIRTUAL: [&str; 2] = ["241.0.0.0/8", "fdb2:6c1e:9d04::/48"];
+
+fn capture_blocks<'p>(capture: &'p Capture, routable: &'p Routable, include: bool) -> Vec<Block<'p>> {
+    let blocks = match &capture.destinations {
+        Destinations::Any => anywhere(ANY_PORT).map(|block| Block { include, ..block }).to_vec(),
+        Destinations::Block(net) => vec![Block { net: *net, ports: ANY_PORT, include, service: None }],
+        Destinations::Service(name) => {
+            routable.of(name).map(|to| Block::of_service(name, to, include)).collect()
+        }
     };
     let ports = if capture.ports.is_empty() { &[ANY_PORT][..] } else { &capture.ports };
-    nets.into_iter().flat_map(|net| ports.iter().map(move |&ports| Block { net, ports, include })).collect()
+    let narrowed = |block: Block<'p>| ports.iter().filter_map(move |ports| block.at(*ports));
+    blocks.into_iter().flat_map(narrowed).collect()
 }
 
-fn entry(net: IpNet, covering: &[Block]) -> Result<Entry, TooManyRanges> {
+fn entry(net: IpNet, covering: &[Block<'_>]) -> Result<Entry, TooManyRanges> {
     let steered = steered_ranges(covering);
     if steered.len() > MAX_PORT_RANGES {
         return Err(TooManyRanges { net, needed: steered.len() });
@@ -196,7 +252,7 @@ fn entry(net: IpNet, covering: &[Block]) -> Result<Entry, TooManyRanges> {
 }
 
 /// The ports that are steered, as the fewest ranges. Between two bounds of any block's range nothing changes.
-fn steered_ranges(covering: &[Block]) -> Vec<Ports> {
+fn steered_ranges(covering: &[Block<'_>]) -> Vec<Ports> {
     let firsts = covering.iter().map(|block| u32::from(block.ports.first));
     let ends = covering.iter().map(|block| u32::from(block.ports.last) + 1);
     let bounds: Vec<u32> = firsts.chain(ends).collect::<BTreeSet<u32>>().into_iter().collect();
@@ -226,8 +282,19 @@ pub(crate) struct Range {
 }
 
 /// What no policy can have meant ([`agent_ebpf::decide::Destination::is_local`]), as blocks.
-const LOCAL: [&str; 7] =
-    ["0.0.0.0/8", "127.0.0.0/8", "169.254.0.0/16", "224.0.0.0/3", "::/127", "fe80::/10", "ff00::/8"];
+const LOCAL: [&str; 11] = [
+    "0.0.0.0/8",
+    "127.0.0.0/8",
+    "169.254.0.0/16",
+    "224.0.0.0/4",
+    "240.0.0.0/8",
+    "242.0.0.0/7",
+    "244.0.0.0/6",
+    "248.0.0.0/5",
+    "::/127",
+    "fe80::/10",
+    "ff00::/8",
+];
 
 /// All that a compiled policy steers, as disjoint ranges in order, for what cannot look up the longest prefix.
 pub(crate) fn ranges(entries: &[Entry]) -> Vec<Range> {

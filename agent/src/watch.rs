@@ -1,10 +1,45 @@
-//! Whether the proxy is ready, asked again and again: for modes in which the kernel does not see for itself.
+//! The proxy, asked again and again: whether it is ready, for modes in which the kernel does not see for itself, and what
+//! it can route.
 
-use crate::{config::Proxy, ready::says_ready, sockets, workload::Workloads};
-use std::{collections::BTreeSet, io, net::IpAddr, thread, time::Duration};
+use crate::{
+    config::Proxy,
+    ready::{self, says_ready},
+    routable::Routable,
+    sockets,
+    workload::Workloads,
+};
+use std::{
+    collections::BTreeSet,
+    io,
+    net::{IpAddr, SocketAddr},
+    thread,
+    time::Duration,
+};
 
 /// How often it is asked.
 const ROUND: Duration = Duration::from_millis(250);
+
+/// How often it is asked what it can route.
+const ROUTABLE_ROUND: Duration = Duration::from_millis(500);
+
+/// Tells what the proxy can route whenever that has changed, until nobody wants to know. One that is away can route what
+/// it could before.
+pub(crate) fn routable(admin: SocketAddr, mut tell: impl FnMut(Routable) -> bool) {
+    let mut known = None;
+    loop {
+        match ready::routable(admin, known.as_deref()) {
+            Ok(Some((routable, tag))) => {
+                known = Some(tag);
+                if !tell(routable) {
+                    return;
+                }
+            }
+            Ok(None) => {}
+            Err(error) => tracing::debug!("ask the proxy at {admin} what it can route: {error}"),
+        }
+        thread::sleep(ROUTABLE_ROUND);
+    }
+}
 
 /// Tells for IPv4 and IPv6 whether the proxy takes connections, until nobody wants to know.
 pub(crate) fn proxy(proxy: &Proxy, mut workloads: Workloads, mut tell: impl FnMut([bool; 2]) -> bool) {

@@ -50,6 +50,8 @@ pub struct Counters {
     pub errors: u64,
     /// Would have gone to the proxy, were the service not only observed.
     pub observed: u64,
+    /// DNS queries that went to the proxy by datagram.
+    pub queries: u64,
 }
 
 impl<'s> Agent<'s> {

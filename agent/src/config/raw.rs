@@ -1,6 +1,6 @@
 //! The configuration as it is written. Nothing past [`super::Config`] sees these types.
 
-use super::Capture;
+use super::{Capture, Destinations};
 use ipnet::IpNet;
 use serde::{
     Deserialize, Deserializer,
@@ -33,6 +33,7 @@ pub(super) struct RawPaths {
 #[serde(deny_unknown_fields, default)]
 pub(super) struct RawProxy {
     pub(super) port: Option<Port>,
+    pub(super) dns_port: Option<Spanned<Port>>,
     pub(super) admin: Option<Spanned<SocketAddr>>,
     pub(super) unit: Option<Spanned<String>>,
     pub(super) cgroup: Option<Spanned<String>>,
@@ -49,11 +50,63 @@ pub(super) struct RawService {
     pub(super) capture: RawCapture,
 }
 
-#[derive(Debug, Default, Deserialize)]
-#[serde(deny_unknown_fields, default)]
+/// A mapping, or the base alone.
+#[derive(Debug, Default)]
 pub(super) struct RawCapture {
+    pub(super) base: Option<Base>,
     pub(super) include: Option<Vec<Capture>>,
     pub(super) exclude: Option<Vec<Capture>>,
+    pub(super) dns: Option<bool>,
+}
+
+impl<'de> Deserialize<'de> for RawCapture {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        #[derive(Deserialize)]
+        #[serde(deny_unknown_fields)]
+        struct Fields {
+            base: Option<Base>,
+            include: Option<Vec<Capture>>,
+            exclude: Option<Vec<Capture>>,
+            dns: Option<bool>,
+        }
+
+        struct RawCaptureVisitor;
+
+        impl<'de> Visitor<'de> for RawCaptureVisitor {
+            type Value = RawCapture;
+
+            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                f.write_str(
+                    "all, routable or listed, or a mapping with `base`, `include`, `exclude` and `dns`",
+                )
+            }
+
+            fn visit_str<E: de::Error>(self, text: &str) -> Result<RawCapture, E> {
+                let base = Base::deserialize(de::value::StrDeserializer::new(text))?;
+                Ok(RawCapture { base: Some(base), ..RawCapture::default() })
+            }
+
+            fn visit_map<A: MapAccess<'de>>(self, map: A) -> Result<RawCapture, A::Error> {
+                let deserializer = de::value::MapAccessDeserializer::new(map);
+                let Fields { base, include, exclude, dns } = Fields::deserialize(deserializer)?;
+                Ok(RawCapture { base, include, exclude, dns })
+            }
+        }
+
+        deserializer.deserialize_any(RawCaptureVisitor)
+    }
+}
+
+/// What is steered unless captures say otherwise.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub(crate) enum Base {
+    /// Everything.
+    All,
+    /// What the proxy can route.
+    Routable,
+    /// What is included alone.
+    Listed,
 }
 
 /// What a service, or the proxy, is to the host, as it is written.
@@ -223,6 +276,7 @@ impl<'de> Deserialize<'de> for Capture {
         #[serde(deny_unknown_fields)]
         struct Fields {
             cidr: Option<Cidr>,
+            service: Option<String>,
             #[serde(default)]
             ports: Vec<Ports>,
         }
@@ -233,19 +287,30 @@ impl<'de> Deserialize<'de> for Capture {
             type Value = Capture;
 
             fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-                f.write_str("a CIDR, or a mapping with `cidr`, `ports` or both")
+                f.write_str("a CIDR, or a mapping with `cidr` or `service`, `ports` or both")
             }
 
             fn visit_str<E: de::Error>(self, text: &str) -> Result<Capture, E> {
-                Ok(Capture { cidr: Some(Cidr::parse(text)?.0), ports: Vec::new() })
+                Ok(Capture { destinations: Destinations::Block(Cidr::parse(text)?.0), ports: Vec::new() })
             }
 
             fn visit_map<A: MapAccess<'de>>(self, map: A) -> Result<Capture, A::Error> {
-                let Fields { cidr, ports } = Fields::deserialize(de::value::MapAccessDeserializer::new(map))?;
-                if cidr.is_none() && ports.is_empty() {
-                    return Err(de::Error::custom("expected `cidr`, `ports` or both"));
-                }
-                Ok(Capture { cidr: cidr.map(|cidr| cidr.0), ports })
+                let deserializer = de::value::MapAccessDeserializer::new(map);
+                let Fields { cidr, service, ports } = Fields::deserialize(deserializer)?;
+                let destinations = match (cidr, service) {
+                    (None, None) if ports.is_empty() => {
+                        return Err(de::Error::custom("expected `cidr` or `service`, `ports` or both"));
+                    }
+                    (None, None) => Destinations::Any,
+                    (Some(cidr), None) => Destinations::Block(cidr.0),
+                    (None, Some(service)) => Destinations::Service(service),
+                    (Some(_), Some(_)) => {
+                        return Err(de::Error::custom(
+                            "`cidr` and `service` are given; expected one of them",
+                        ));
+                    }
+                };
+                Ok(Capture { destinations, ports })
             }
         }
 

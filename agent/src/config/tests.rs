@@ -12,9 +12,12 @@ fn refused(text: &str) -> String {
 fn nothing_written_means_the_defaults() {
     let config = parse("").unwrap();
     let admin = "127.0.0.1:15000".parse().unwrap();
-    let proxy = Proxy { port: 15001, admin, scope: Scope::Unit("mesh-proxy.service".into()) };
+    let proxy =
+        Proxy { port: 15001, dns_port: 15053, admin, scope: Scope::Unit("mesh-proxy.service".into()) };
     assert_eq!((config.mode, config.proxy), (Wanted::Auto, proxy));
-    assert_eq!(config.defaults, Policy { failure: Failure::Open, include: anything(), exclude: [].into() });
+    let (include, exclude) = ([].into(), [].into());
+    let policy = Policy { failure: Failure::Open, base: Base::All, include, exclude, dns: false };
+    assert_eq!(config.defaults, policy);
     assert_eq!(config.paths.pins, Path::new("/sys/fs/bpf/mesh-redirect"));
 }
 
@@ -45,17 +48,32 @@ fn a_service_is_a_unit_a_cgroup_a_user_a_users_unit_or_a_container() {
 #[test]
 fn captures_are_blocks_ports_or_both() {
     let config = parse("capture:\n  include:\n    - fd00::/8\n    - 10.1.2.3\n    - { cidr: 10.0.0.0/8, ports: [80, 8000-8999] }\n    - ports: [5432]\n").unwrap();
-    let cidr = |text: &str| Some(text.parse().unwrap());
+    let block = |text: &str| Destinations::Block(text.parse().unwrap());
     let expected = vec![
-        Capture { cidr: cidr("fd00::/8"), ports: vec![] },
-        Capture { cidr: cidr("10.1.2.3/32"), ports: vec![] },
+        Capture { destinations: block("fd00::/8"), ports: vec![] },
+        Capture { destinations: block("10.1.2.3/32"), ports: vec![] },
         Capture {
-            cidr: cidr("10.0.0.0/8"),
+            destinations: block("10.0.0.0/8"),
             ports: vec![Ports { first: 80, last: 80 }, Ports { first: 8000, last: 8999 }],
         },
-        Capture { cidr: None, ports: vec![Ports { first: 5432, last: 5432 }] },
+        Capture { destinations: Destinations::Any, ports: vec![Ports { first: 5432, last: 5432 }] },
     ];
     assert_eq!(config.defaults.include[..], expected);
+}
+
+#[test]
+fn the_base_is_all_unless_something_is_listed_or_it_is_said() {
+    let base = |text: &str| parse(text).unwrap().defaults.base;
+    assert_eq!(base(""), Base::All);
+    assert_eq!(base("capture: { include: [10.0.0.0/8] }"), Base::Listed);
+    assert_eq!(base("capture: { base: all, include: [10.0.0.0/8] }"), Base::All);
+    assert_eq!(base("capture: routable"), Base::Routable);
+    let config = parse("capture: { base: routable, dns: true }\nservices:\n  a: { capture: listed }\n  b: { capture: { include: [{ service: catalog, ports: [80] }] } }\n  c: { capture: { dns: false } }\n").unwrap();
+    assert_eq!((config.policy("a").base, config.policy("a").dns), (Base::Listed, true));
+    assert_eq!(config.policy("b").include[0].destinations, Destinations::Service("catalog".into()));
+    assert_eq!(config.policy("b").base, Base::Listed);
+    assert_eq!((config.policy("c").base, config.policy("c").dns), (Base::Routable, false));
+    assert!(config.policy("a").follows_routable() && !parse("").unwrap().defaults.follows_routable());
 }
 
 /// What is written, where the message points, and what it has to say.
@@ -76,6 +94,11 @@ fn every_fault_is_named_with_its_place_and_what_was_expected() {
         ("capture:\n  exclude:\n    - ports: [0]\n", "3:15", "`0` is not a port"),
         ("capture:\n  exclude:\n    - ports: [90-80]\n", "3:15", "ends before it begins"),
         ("capture:\n  exclude:\n    - port: 80\n", "3:7", "unknown field `port`"),
+        ("capture:\n  exclude:\n    - { cidr: 10.0.0.0/8, service: a }\n", "3:7", "expected one of them"),
+        ("capture: some\n", "1:1", "expected one of all, routable, listed"),
+        ("capture: { base: 7 }\n", "1:18", "expected"),
+        ("capture: { dns: maybe }\n", "1:17", "bool"),
+        ("proxy: { dns_port: 65530 }\n", "1:20", "16 ports from 65530 on"),
         ("services:\n  a: { cgroup: /a }\n  a: { cgroup: /b }\n", "3:3", "duplicate"),
         ("services:\n  a: { cgroup: /a, unit: a.service }\n", "2:26", "expected one of them"),
         ("services:\n  a: { cgroup: /a, user: 7 }\n", "2:16", "expected one of them"),
@@ -111,7 +134,7 @@ fn the_packaged_file_is_the_defaults_and_valid_when_uncommented() {
     let uncommented: String =
         lines.iter().map(|line| line.trim_start_matches('#').to_owned() + "\n").collect();
     let config = parse(&uncommented).unwrap();
-    assert_eq!(config.defaults.exclude.len(), 3);
+    assert_eq!(config.defaults.exclude.len(), 4);
     assert_eq!(config.policy("payments").failure, Failure::Closed);
     assert_eq!((config.paths, config.proxy), (parse("").unwrap().paths, parse("").unwrap().proxy));
 }

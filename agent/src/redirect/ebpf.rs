@@ -81,6 +81,7 @@ impl Ebpf {
             self.written.write(&mut maps, service)?;
             self.attach_all(&mut maps, service)?;
         }
+        self.written.write_virtual(&mut maps, &desired.virtual_addresses)?;
         self.detach_others(desired)?;
         self.written.prune(&mut maps, desired)
     }
@@ -154,8 +155,12 @@ impl Ebpf {
             if self.attached.contains(&scope) {
                 continue;
             }
-            let attached = self.attach(scope.owner, cgroup, &programs::SERVICE);
-            match attached.and_then(|_| maps.set_scope(cgroup, service.id)) {
+            let programs = programs_of(service);
+            let attached = self.attach(scope.owner, cgroup, &programs);
+            if service.dns_port.is_none() {
+                self.pins.remove_links(scope, &programs::DATAGRAM)?;
+            }
+            match attached.and_then(|_| maps.set_scope(cgroup, service.id, &programs)) {
                 Ok(()) => _ = self.attached.insert(scope),
                 Err(Error::Gone { .. }) => {}
                 Err(error) => return Err(error),
@@ -198,6 +203,12 @@ impl Ebpf {
     }
 }
 
+/// What is attached to a service's cgroups.
+fn programs_of(service: &Service) -> Vec<Program> {
+    let datagram = if service.dns_port.is_some() { &programs::DATAGRAM[..] } else { &[] };
+    [datagram, &programs::SERVICE].concat()
+}
+
 fn wanted_scopes(desired: &Desired) -> BTreeSet<pins::Scope> {
     let of_services = desired.services.iter().flat_map(|service| {
         let owner = Owner::Service(service.id);
@@ -217,14 +228,17 @@ pub(super) fn describe(desired: &Desired) -> String {
     }
     let proxy: String = desired.proxy.iter().map(|cgroup| links(cgroup, &programs::PROXY)).collect();
     let service = |service: &Service| {
-        let Service { id, name, failure, observe, proxy_port, .. } = service;
+        let Service { id, name, failure, observe, proxy_port, dns_port, .. } = service;
         let phase = if *observe { "observe" } else { "enforce" };
         let entry = format!(
-            "map MR_SERVICES {id}: {name}, failure {failure}, phase {phase}, proxy port {proxy_port}\n"
+            "map MR_SERVICES {id}: {name}, failure {failure}, phase {phase}, proxy port {proxy_port}{}\n",
+            dns_port.map(|port| format!(", DNS port {port}")).unwrap_or_default(),
         );
         let rules = service.entries.iter().map(|entry| format!("map MR_RULES {id}: {entry}\n"));
-        let links = service.scopes.iter().map(|cgroup| links(cgroup, &programs::SERVICE));
+        let links = service.scopes.iter().map(|cgroup| links(cgroup, &programs_of(service)));
         [entry].into_iter().chain(rules).chain(links).collect::<String>()
     };
-    [proxy].into_iter().chain(desired.services.iter().map(service)).collect()
+    let virtual_addresses =
+        desired.virtual_addresses.iter().map(|(address, to)| format!("map MR_VIRTUAL {address}: {to}\n"));
+    [proxy].into_iter().chain(desired.services.iter().map(service)).chain(virtual_addresses).collect()
 }

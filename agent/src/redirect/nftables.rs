@@ -151,9 +151,9 @@ impl Nftables {
 }
 
 fn counters_of(counters: &BTreeMap<String, u64>, id: u32) -> Counters {
-    let [steered, passed_by_rule, passed_proxy_absent, refused, observed] =
+    let [steered, passed_by_rule, passed_proxy_absent, refused, observed, queries] =
         COUNTERS.map(|what| counters.get(&counter(what, id)).copied().unwrap_or_default());
-    Counters { steered, passed_by_rule, passed_proxy_absent, refused, errors: 0, observed }
+    Counters { steered, passed_by_rule, passed_proxy_absent, refused, errors: 0, observed, queries }
 }
 
 /// Whether the kernel would take the rules of a service that is a cgroup. Nothing is changed.
@@ -164,11 +164,12 @@ pub(crate) fn try_rules(cgroup_root: &Path) -> Result<(), Error> {
         failure: Failure::Closed,
         observe: false,
         proxy_port: 1,
+        dns_port: Some(1),
         entries: rules::everything().into(),
         scopes: vec![Cgroup { dir: cgroup_root.join("any"), id: 1 }],
         users: vec![1],
     };
-    let ruleset = Ruleset::new(&Desired { proxy: None, services: vec![service] }, cgroup_root);
+    let ruleset = Ruleset::new(&Desired { services: vec![service], ..Desired::default() }, cgroup_root);
     Kernel::open()?.check(message::replace(&message::Present::default(), &ruleset))
 }
 

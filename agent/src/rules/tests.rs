@@ -7,6 +7,15 @@ fn policy(text: &str) -> Policy {
     Config::parse(Path::new("agent.yaml"), text).unwrap().defaults
 }
 
+/// The proxy routes `catalog`, by name and at an endpoint, and `stock`, where the random world is.
+fn routable() -> Routable {
+    let json = br#"{"version": 1, "services": [{"name": "catalog",
+        "domains": [{"name": "catalog.internal", "virtual": ["241.3.7.9"]}],
+        "addresses": ["10.77.0.10"], "endpoints": ["10.77.0.2:8080"]},
+        {"name": "stock", "addresses": ["10.0.0.3", "fd00::5"], "endpoints": ["10.0.0.6:7", "[fd00::9]:8"]}]}"#;
+    Routable::parse(json).unwrap()
+}
+
 /// What the kernel would say of a destination: the rules of the longest prefix, then the range around the port.
 fn looked_up(entries: &[Entry], destination: SocketAddr) -> bool {
     let found = entries
@@ -17,7 +26,7 @@ fn looked_up(entries: &[Entry], destination: SocketAddr) -> bool {
 }
 
 fn steers(policy: &Policy, destination: SocketAddr) -> bool {
-    matches!(decide(policy, destination), Verdict::Steered(_))
+    matches!(decide(policy, &routable(), destination), Verdict::Steered(_))
 }
 
 /// What the ranges say of a destination; at most one may be around it.
@@ -39,11 +48,11 @@ fn steered(policy: &Policy, destination: &str) -> bool {
     let destination = destination.parse().unwrap();
     let decided = steers(policy, destination);
     assert_eq!(
-        looked_up(&compile(policy).unwrap(), destination),
+        looked_up(&compile(policy, &routable()).unwrap(), destination),
         decided,
         "{destination}: compiled and defined differ"
     );
-    let ranges = ranges(&compile(policy).unwrap());
+    let ranges = ranges(&compile(policy, &routable()).unwrap());
     assert_eq!(in_ranges(&ranges, destination), decided, "{destination}: {ranges:?}");
     decided
 }
@@ -53,6 +62,43 @@ fn everything_is_included_unless_the_policy_says_otherwise() {
     let policy = policy("");
     assert!(steered(&policy, "10.0.0.1:1"));
     assert!(steered(&policy, "[2001:db8::1]:65535"));
+}
+
+#[test]
+fn what_the_proxy_can_route_may_be_all_that_is_steered() {
+    let policy = policy("capture: { base: routable, exclude: [{ ports: [22] }] }");
+    for destination in ["10.77.0.10:80", "10.77.0.2:8080", "241.3.7.9:1"] {
+        assert!(steered(&policy, destination), "{destination}");
+    }
+    for destination in ["10.77.0.10:22", "10.77.0.2:8081", "10.77.0.11:80", "241.3.7.8:1", "[fd00::1]:80"] {
+        assert!(!steered(&policy, destination), "{destination}");
+    }
+}
+
+#[test]
+fn a_service_is_captured_wherever_it_is() {
+    let policy =
+        policy("capture: { include: [10.0.0.0/8], exclude: [{ service: catalog, ports: [8000-8999] }] }");
+    assert!(steered(&policy, "10.77.0.10:80") && steered(&policy, "10.77.0.2:80"));
+    assert!(!steered(&policy, "10.77.0.10:8080") && !steered(&policy, "10.77.0.2:8080"));
+    let verdict = decide(&policy, &routable(), "10.77.0.2:8080".parse().unwrap());
+    assert!(
+        matches!(&verdict, Verdict::Excluded(capture) if capture.to_string() == "service catalog ports 8080"),
+        "{verdict:?}"
+    );
+}
+
+#[test]
+fn dns_is_steered_with_what_its_answers_lead_to_unless_excluded() {
+    let dns =
+        policy("capture: { include: [10.0.0.0/8], exclude: [10.9.0.0/16, { service: catalog }], dns: true }");
+    for destination in ["8.8.8.8:53", "[2001:db8::53]:53", "241.9.9.9:443", "[fdb2:6c1e:9d04::9]:443"] {
+        assert!(steered(&dns, destination), "{destination}");
+    }
+    for destination in ["10.9.0.53:53", "8.8.8.8:853", "241.3.7.9:443"] {
+        assert!(!steered(&dns, destination), "{destination}");
+    }
+    assert!(!steered(&policy("capture: { include: [10.0.0.0/8] }"), "8.8.8.8:53"));
 }
 
 #[test]
@@ -88,11 +134,11 @@ fn the_last_port_counts_and_families_are_apart() {
 #[test]
 fn ranges_that_touch_are_joined_and_too_many_are_an_error() {
     let touching = policy("capture: { include: [{ ports: [1-10, 11-20, 15-30] }] }");
-    assert_eq!(compile(&touching).unwrap()[0].rules.len, 1);
+    assert_eq!(compile(&touching, &routable()).unwrap()[0].rules.len, 1);
     let ports: Vec<String> = (0..17).map(|i| (2 * i + 1).to_string()).collect();
     let scattered =
         policy(&format!("capture: {{ include: [{{ cidr: 10.0.0.0/8, ports: [{}] }}] }}", ports.join(", ")));
-    let message = compile(&scattered).unwrap_err().to_string();
+    let message = compile(&scattered, &routable()).unwrap_err().to_string();
     assert!(message.starts_with("10.0.0.0/8 needs 17 separate port ranges"), "{message}");
 }
 
@@ -100,12 +146,16 @@ fn ranges_that_touch_are_joined_and_too_many_are_an_error() {
 fn a_verdict_names_the_closest_capture() {
     let policy =
         policy("capture: { include: [0.0.0.0/0, 10.1.0.0/16], exclude: [10.0.0.0/8, { ports: [22] }] }");
-    let net = |text: &str| Capture { cidr: text.parse().ok(), ports: vec![ANY_PORT] };
-    let at = |text: &str| decide(&policy, text.parse().unwrap());
+    let net = |text: &str| Capture {
+        destinations: Destinations::Block(text.parse().unwrap()),
+        ports: vec![ANY_PORT],
+    };
+    let at = |text: &str| decide(&policy, &routable(), text.parse().unwrap());
     assert_eq!(at("11.0.0.1:80"), Verdict::Steered(net("0.0.0.0/0")));
     assert_eq!(at("10.1.0.1:80"), Verdict::Steered(net("10.1.0.0/16")));
     assert_eq!(at("10.2.0.1:80"), Verdict::Excluded(net("10.0.0.0/8")));
-    let port = Capture { cidr: net("0.0.0.0/0").cidr, ports: vec![Ports { first: 22, last: 22 }] };
+    let port =
+        Capture { destinations: net("0.0.0.0/0").destinations, ports: vec![Ports { first: 22, last: 22 }] };
     assert_eq!(at("11.0.0.1:22"), Verdict::Excluded(port));
     assert_eq!(at("[fd00::1]:80"), Verdict::NotIncluded);
     assert_eq!(at("[::ffff:10.1.0.1]:80"), Verdict::Steered(net("10.1.0.0/16")));
@@ -115,7 +165,7 @@ fn a_verdict_names_the_closest_capture() {
 #[test]
 fn ranges_leave_out_what_is_local_and_join_neighbours() {
     let shown = |text: &str| -> Vec<String> {
-        let ranges = ranges(&compile(&policy(text)).unwrap());
+        let ranges = ranges(&compile(&policy(text), &routable()).unwrap());
         ranges.iter().map(|range| format!("{}-{}", range.first, range.last)).collect()
     };
     assert_eq!(
@@ -124,6 +174,7 @@ fn ranges_leave_out_what_is_local_and_join_neighbours() {
             "1.0.0.0-126.255.255.255",
             "128.0.0.0-169.253.255.255",
             "169.255.0.0-223.255.255.255",
+            "241.0.0.0-241.255.255.255",
             "::2-fe7f:ffff:ffff:ffff:ffff:ffff:ffff:ffff",
             "fec0::-feff:ffff:ffff:ffff:ffff:ffff:ffff:ffff",
         ]
@@ -139,20 +190,20 @@ fn ranges_leave_out_what_is_local_and_join_neighbours() {
         };
         destination.is_local()
     };
-    for range in ranges(&compile(&policy("")).unwrap()) {
+    for range in ranges(&compile(&policy(""), &routable()).unwrap()) {
         assert!(!local(range.first) && !local(range.last), "{range:?}");
     }
 }
 
 #[test]
 fn keys_carry_policy_family_and_prefix() {
-    let v4 = compile(&policy("capture: { include: [10.1.0.0/16] }")).unwrap();
+    let v4 = compile(&policy("capture: { include: [10.1.0.0/16] }"), &routable()).unwrap();
     let (bits, key) = v4[0].key(9);
     assert_eq!(
         (bits, key.policy, key.family, &key.addr[..4]),
         (64 + 16, 9, u32::from(AF_INET), &[10, 1, 0, 0][..])
     );
-    let v6 = compile(&policy("capture: { include: ['fd00::/8'] }")).unwrap();
+    let v6 = compile(&policy("capture: { include: ['fd00::/8'] }"), &routable()).unwrap();
     let (bits, key) = v6[0].key(9);
     assert_eq!((bits, key.family, key.addr[0]), (64 + 8, u32::from(AF_INET6), 0xfd));
 }
@@ -164,10 +215,12 @@ fn what_is_compiled_agrees_with_its_definition() {
         let mut random = Random(seed);
         let policy = Policy {
             failure: Failure::Open,
+            base: [Base::All, Base::Routable, Base::Listed, Base::Listed][random.below(4) as usize],
+            dns: random.below(3) == 0,
             include: (0..random.below(4)).map(|_| random.capture()).collect(),
             exclude: (0..random.below(5)).map(|_| random.capture()).collect(),
         };
-        let entries = compile(&policy).unwrap();
+        let entries = compile(&policy, &routable()).unwrap();
         let ranges = ranges(&entries);
         for _ in 0..100 {
             let destination = random.destination();
@@ -206,13 +259,17 @@ impl Random {
     }
 
     fn capture(&mut self) -> Capture {
-        let cidr = (self.below(5) != 0).then(|| {
-            let address = self.address();
-            let longest = if address.is_ipv4() { 32 } else { 128 };
-            IpNet::new_assert(address, longest - self.below(5) as u8).trunc()
-        });
+        let destinations = match self.below(6) {
+            0 => Destinations::Any,
+            1 => Destinations::Service("stock".to_owned()),
+            _ => {
+                let address = self.address();
+                let longest = if address.is_ipv4() { 32 } else { 128 };
+                Destinations::Block(IpNet::new_assert(address, longest - self.below(5) as u8).trunc())
+            }
+        };
         let ports = (0..self.below(3)).map(|_| self.ports()).collect();
-        Capture { cidr, ports }
+        Capture { destinations, ports }
     }
 
     fn ports(&mut self) -> Ports {

@@ -61,6 +61,8 @@ pub(crate) struct Set<'a> {
     pub(crate) key_len: u32,
     /// Bytes of each part of a concatenated key; empty for a simple one.
     pub(crate) key_parts: &'a [u8],
+    /// Of a map to values: how the nft program shows them, and their bytes. Other maps lead to verdicts.
+    pub(crate) data: Option<(u32, u32)>,
     /// Distinct among the sets of a batch.
     pub(crate) id: u32,
 }
@@ -82,7 +84,9 @@ unsafe impl NlMsg for Set<'_> {
                 sys::nftnl_set_set_data(raw, sys::NFTNL_SET_DESC_CONCAT as u16, parts, len);
             }
             if self.flags & libc::NFT_SET_MAP as u32 != 0 {
-                sys::nftnl_set_set_u32(raw, sys::NFTNL_SET_DATA_TYPE as u16, libc::NFT_DATA_VERDICT);
+                let (kind, len) = self.data.unwrap_or((libc::NFT_DATA_VERDICT, 0));
+                sys::nftnl_set_set_u32(raw, sys::NFTNL_SET_DATA_TYPE as u16, kind);
+                sys::nftnl_set_set_u32(raw, sys::NFTNL_SET_DATA_LEN as u16, len);
             }
             let message = (libc::NFT_MSG_NEWSET, libc::NFT_MSG_DELSET);
             let header = header(buffer, seq, kind, message, self.table);
@@ -113,6 +117,8 @@ pub(crate) struct Element {
     pub(crate) key_end: Option<Vec<u8>>,
     /// Of a map: to which chain it jumps.
     pub(crate) jump: Option<CString>,
+    /// Of a map: its value.
+    pub(crate) data: Option<Vec<u8>>,
     /// Milliseconds after which it is gone.
     pub(crate) timeout_ms: Option<u64>,
 }
@@ -156,6 +162,10 @@ impl Element {
             if let Some(chain) = &self.jump {
                 sys::nftnl_set_elem_set_u32(raw, sys::NFTNL_SET_ELEM_VERDICT as u16, libc::NFT_JUMP as u32);
                 sys::nftnl_set_elem_set_str(raw, sys::NFTNL_SET_ELEM_CHAIN as u16, chain.as_ptr());
+            }
+            if let Some(data) = &self.data {
+                let (data, len) = (data.as_ptr().cast(), data.len() as u32);
+                sys::nftnl_set_elem_set(raw, sys::NFTNL_SET_ELEM_DATA as u16, data, len);
             }
             if let Some(milliseconds) = self.timeout_ms {
                 sys::nftnl_set_elem_set_u64(raw, sys::NFTNL_SET_ELEM_TIMEOUT as u16, milliseconds);

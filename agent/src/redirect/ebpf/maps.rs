@@ -5,18 +5,26 @@
     reason = "the successor of cgroup storage needs Linux 6.2 and answers another question"
 )]
 
-use super::{Cgroup, Error, Service, pins::Pins};
+use super::{Cgroup, Error, Program, Service, pins::Pins};
 use crate::{config::Failure, rules::Entry};
 use agent_ebpf::{
-    Counters, FAILURE_CLOSED, FAILURE_OPEN, MAX_RULES, MAX_SERVICES, NAME_LEN, PHASE_ENFORCE, PHASE_OBSERVE,
-    RuleKey, Rules, maps,
-    programs::{BPF_CGROUP_INET4_CONNECT, BPF_CGROUP_INET6_CONNECT},
+    Counters, Endpoint, FAILURE_CLOSED, FAILURE_OPEN, MAX_RULES, MAX_SERVICES, MAX_VIRTUAL, NAME_LEN,
+    PHASE_ENFORCE, PHASE_OBSERVE, RuleKey, Rules, VirtualKey,
+    decide::Destination,
+    maps,
+    programs::{
+        BPF_CGROUP_INET4_CONNECT, BPF_CGROUP_INET6_CONNECT, BPF_CGROUP_UDP4_SENDMSG, BPF_CGROUP_UDP6_SENDMSG,
+    },
 };
 use aya::maps::{
     CgroupStorage, CgroupStorageKey, HashMap, LpmTrie, Map, MapData, MapError, PerCpuHashMap, PerCpuValues,
     lpm_trie::Key,
 };
-use std::{collections::BTreeSet, io};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    io,
+    net::{IpAddr, SocketAddr},
+};
 
 /// See the module.
 pub(super) struct Maps {
@@ -24,6 +32,7 @@ pub(super) struct Maps {
     rules: LpmTrie<MapData, RuleKey, Rules>,
     counters: PerCpuHashMap<MapData, u32, Counters>,
     scopes: CgroupStorage<MapData, u32>,
+    virtual_addresses: HashMap<MapData, VirtualKey, Endpoint>,
 }
 
 impl Maps {
@@ -37,6 +46,7 @@ impl Maps {
             rules: open(maps::RULES)?.try_into().map_err(wrong(maps::RULES))?,
             counters: open(maps::COUNTERS)?.try_into().map_err(wrong(maps::COUNTERS))?,
             scopes: open(maps::SCOPES)?.try_into().map_err(wrong(maps::SCOPES))?,
+            virtual_addresses: open(maps::VIRTUAL)?.try_into().map_err(wrong(maps::VIRTUAL))?,
         })
     }
 
@@ -58,6 +68,7 @@ impl Maps {
             refused: sum.refused + one.refused,
             errors: sum.errors + one.errors,
             observed: sum.observed + one.observed,
+            queries: sum.queries + one.queries,
         }))
     }
 
@@ -91,20 +102,40 @@ impl Maps {
             },
             phase: if service.observe { PHASE_OBSERVE } else { PHASE_ENFORCE },
             proxy_port: service.proxy_port,
+            dns_port: service.dns_port.unwrap_or_default(),
+            reserved: 0,
             name: padded(&service.name),
         };
         self.services.insert(service.id, value, 0).map_err(written(maps::SERVICES, MAX_SERVICES))
     }
 
-    /// Says whose policy holds in a cgroup to which the connect hooks are attached.
-    pub(super) fn set_scope(&mut self, cgroup: &Cgroup, id: u32) -> Result<(), Error> {
-        for attach_type in [BPF_CGROUP_INET4_CONNECT, BPF_CGROUP_INET6_CONNECT] {
+    /// Says whose policy holds in a cgroup to which programs are attached.
+    pub(super) fn set_scope(&mut self, cgroup: &Cgroup, id: u32, programs: &[Program]) -> Result<(), Error> {
+        let attach_types = programs.iter().map(|program| program.attach_type);
+        for attach_type in attach_types.filter(|attach_type| DECIDING.contains(attach_type)) {
             match self.scopes.insert(CgroupStorageKey::new(cgroup.id, attach_type), id, 0) {
                 Err(error) if errno(&error) == Some(libc::ENOENT) => {
                     return Err(Error::Gone { program: "mr_connect4", cgroup: cgroup.clone() });
                 }
                 result => result.map_err(failed("write", maps::SCOPES))?,
             }
+        }
+        Ok(())
+    }
+
+    /// Makes virtual addresses lead where they shall, and no others anywhere.
+    pub(super) fn set_virtual(&mut self, wanted: &BTreeMap<IpAddr, SocketAddr>) -> Result<(), Error> {
+        let wanted: Vec<(VirtualKey, Endpoint)> =
+            wanted.iter().map(|(address, endpoint)| (virtual_key(*address), value(*endpoint))).collect();
+        for (key, endpoint) in &wanted {
+            let written = self.virtual_addresses.insert(key, endpoint, 0);
+            written.map_err(self::written(maps::VIRTUAL, MAX_VIRTUAL))?;
+        }
+        let wanted: BTreeSet<[u8; 16]> = wanted.iter().map(|(key, _)| key.addr).collect();
+        let present: Vec<VirtualKey> =
+            self.virtual_addresses.keys().collect::<Result<_, _>>().map_err(failed("read", maps::VIRTUAL))?;
+        for key in present.iter().filter(|key| !wanted.contains(&key.addr)) {
+            absent_is_fine(self.virtual_addresses.remove(key)).map_err(failed("write", maps::VIRTUAL))?;
         }
         Ok(())
     }
@@ -163,6 +194,27 @@ impl Maps {
     pub(super) fn next_policy(&self) -> Result<u32, Error> {
         Ok(self.policies()?.last().map_or(1, |last| last.wrapping_add(1)))
     }
+}
+
+/// Hooks that ask whose policy it is.
+const DECIDING: [u32; 4] =
+    [BPF_CGROUP_INET4_CONNECT, BPF_CGROUP_INET6_CONNECT, BPF_CGROUP_UDP4_SENDMSG, BPF_CGROUP_UDP6_SENDMSG];
+
+fn destination(address: SocketAddr) -> Destination {
+    match address.ip() {
+        IpAddr::V4(ip) => Destination::from_ipv4(ip.octets(), address.port()),
+        IpAddr::V6(ip) => Destination::from_ipv6(ip.octets(), address.port()),
+    }
+}
+
+fn virtual_key(address: IpAddr) -> VirtualKey {
+    let Destination { family, addr, .. } = destination((address, 0).into());
+    VirtualKey { family: family.into(), addr }
+}
+
+fn value(endpoint: SocketAddr) -> Endpoint {
+    let Destination { family, port, addr } = destination(endpoint);
+    Endpoint { family, port, addr }
 }
 
 fn absent_is_fine(removed: Result<(), MapError>) -> Result<(), MapError> {

@@ -153,12 +153,14 @@ impl Pins {
 
     /// Detaches a scope: first what rewrites, then what restores.
     pub(super) fn remove_scope(&self, scope: Scope) -> Result<(), Error> {
+        self.remove_links(scope, &programs::all().collect::<Vec<_>>())?;
+        remove_dir(&self.scope(scope))
+    }
+
+    /// Detaches programs, the last one first, as far as they are attached.
+    pub(super) fn remove_links(&self, scope: Scope, programs: &[Program]) -> Result<(), Error> {
         let dir = self.scope(scope);
-        let programs: Vec<Program> = programs::all().collect();
-        for program in programs.iter().rev() {
-            remove_file(&dir.join(program.name))?;
-        }
-        remove_dir(&dir)
+        programs.iter().rev().try_for_each(|program| remove_file(&dir.join(program.name)))
     }
 
     /// Removes maps, programs and the directories, which must be empty of links by then.

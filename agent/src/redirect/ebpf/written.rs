@@ -3,7 +3,8 @@
 use super::{Desired, Error, Service, maps::Maps};
 use crate::rules::Entry;
 use std::{
-    collections::{BTreeSet, HashMap},
+    collections::{BTreeMap, BTreeSet, HashMap},
+    net::{IpAddr, SocketAddr},
     sync::Arc,
 };
 
@@ -14,6 +15,8 @@ pub(super) struct Written {
     services: HashMap<u32, (Service, u32)>,
     /// Policies by their numbers; services with the same one share it.
     policies: HashMap<u32, Arc<[Entry]>>,
+    /// Where virtual addresses lead, once that was written.
+    virtual_addresses: Option<BTreeMap<IpAddr, SocketAddr>>,
     /// Whether nothing else is in the maps.
     pruned: bool,
 }
@@ -37,6 +40,19 @@ impl Written {
         };
         maps.write_service(service, number)?;
         self.services.insert(service.id, (policy, number));
+        Ok(())
+    }
+
+    /// Makes virtual addresses lead where they shall.
+    pub(super) fn write_virtual(
+        &mut self,
+        maps: &mut Maps,
+        wanted: &BTreeMap<IpAddr, SocketAddr>,
+    ) -> Result<(), Error> {
+        if self.virtual_addresses.as_ref() != Some(wanted) {
+            maps.set_virtual(wanted)?;
+            self.virtual_addresses = Some(wanted.clone());
+        }
         Ok(())
     }
 

@@ -1,7 +1,7 @@
 //! The ruleset as netlink messages (linux/netfilter/nf_tables.h), all of them one transaction.
 
 use super::ruleset::{
-    ALIVE, Chain, Content, Family, OUTPUT, PRIORITY, Rule, Ruleset, Set, Statement, TABLE, key,
+    ALIVE, Chain, Content, Family, OUTPUT, PRIORITY, Rule, Ruleset, Set, Statement, TABLE, Transport, key,
 };
 use crate::sys::nftables::{self as sys, ELEMENTS_IN_A_MESSAGE, Element, Elements, Expression, Value};
 use crate::{config::Ports, rules::Range};
@@ -13,6 +13,7 @@ use nftnl::{
 use std::{
     collections::{BTreeMap, BTreeSet},
     ffi::CString,
+    net::{IpAddr, SocketAddr},
     time::Duration,
 };
 
@@ -119,7 +120,7 @@ fn maps_of<'r>(from: &'r Ruleset, to: &'r Ruleset) -> Option<Vec<(&'r str, Targe
 
 fn targets(content: &Content) -> Option<Targets<'_>> {
     match content {
-        Content::Destinations(..) => None,
+        Content::Destinations(..) | Content::Virtual(..) => None,
         Content::Cgroups(cgroups) => {
             Some(cgroups.iter().map(|(id, chain)| (id.to_ne_bytes().to_vec(), chain.as_str())).collect())
         }
@@ -133,6 +134,7 @@ fn jumps<'t>(targets: impl Iterator<Item = &'t (Vec<u8>, &'t str)>) -> Vec<Eleme
     let element = |(key, chain): &(Vec<u8>, &str)| Element {
         key: key.clone(),
         key_end: None,
+        data: None,
         jump: Some(text(chain)),
         timeout_ms: None,
     };
@@ -171,6 +173,7 @@ pub(super) fn keep_alive(alive: &[Family], dead: &[Family], timeout: Duration) -
     let element = |family: &Family| Element {
         key: vec![family.number()],
         key_end: None,
+        data: None,
         jump: None,
         timeout_ms: Some(timeout.as_millis() as u64),
     };
@@ -215,7 +218,7 @@ const TYPE_CGROUPV2: u32 = 46;
 const TYPE_BITS: u32 = 6;
 
 fn named_set<'a>(table: &'a Table, name: &'a CString, id: u32) -> sys::Set<'a> {
-    sys::Set { table, name, flags: 0, key_type: 0, key_len: 1, key_parts: &[], id }
+    sys::Set { table, name, flags: 0, key_type: 0, key_len: 1, key_parts: &[], data: None, id }
 }
 
 fn alive_set<'a>(table: &'a Table, name: &'a CString) -> sys::Set<'a> {
@@ -235,8 +238,15 @@ fn add_set(batch: &mut Batch, table: &Table, set: &Set, id: u32) {
         }
         Content::Cgroups(_) => (map, TYPE_CGROUPV2, 8, &[]),
         Content::Users(_) => (map, TYPE_UID, 4, &[]),
+        Content::Virtual(Family::V4, _) => (map, TYPE_IPADDR, 4, &[]),
+        Content::Virtual(Family::V6, _) => (map, TYPE_IP6ADDR, 16, &[]),
     };
-    let message = sys::Set { table, name: &name, flags, key_type, key_len, key_parts, id };
+    let data = match &set.content {
+        Content::Virtual(Family::V4, _) => Some((TYPE_IPADDR << TYPE_BITS | TYPE_INET_SERVICE, 8)),
+        Content::Virtual(Family::V6, _) => Some((TYPE_IP6ADDR << TYPE_BITS | TYPE_INET_SERVICE, 20)),
+        _ => None,
+    };
+    let message = sys::Set { table, name: &name, flags, key_type, key_len, key_parts, data, id };
     batch.add(&message, MsgType::Add);
     add_all(batch, &message, &MsgType::Add, &elements(&set.content));
 }
@@ -245,16 +255,29 @@ fn add_set(batch: &mut Batch, table: &Table, set: &Set, id: u32) {
 const NFT_SET_CONCAT: libc::c_int = 0x80;
 
 fn elements(content: &Content) -> Vec<Element> {
-    let Content::Destinations(_, ranges) = content else {
-        return jumps(targets(content).unwrap_or_default().iter());
+    let ranges = match content {
+        Content::Destinations(_, ranges) => ranges,
+        Content::Virtual(_, addresses) => return addresses.iter().map(translation).collect(),
+        Content::Cgroups(_) | Content::Users(_) => {
+            return jumps(targets(content).unwrap_or_default().iter());
+        }
     };
     let element = |range: &Range, ports: &Ports| Element {
         key: key(range.first, ports.first),
         key_end: Some(key(range.last, ports.last)),
+        data: None,
         jump: None,
         timeout_ms: None,
     };
     ranges.iter().flat_map(|range| range.ports.iter().map(move |ports| element(range, ports))).collect()
+}
+
+/// A virtual address, and where it leads.
+fn translation((from, to): (&IpAddr, &SocketAddr)) -> Element {
+    // Without the port and what fills it up.
+    let mut address = key(*from, 0);
+    address.truncate(address.len() - 4);
+    Element { key: address, key_end: None, data: Some(key(to.ip(), to.port())), jump: None, timeout_ms: None }
 }
 
 fn new_rule<'c>(chain: &'c nftnl::Chain<'_>, rule: &Rule) -> nftnl::Rule<'c> {
@@ -268,18 +291,25 @@ fn new_rule<'c>(chain: &'c nftnl::Chain<'_>, rule: &Rule) -> nftnl::Rule<'c> {
 
 fn add(rule: &mut nftnl::Rule<'_>, statement: &Statement) {
     match statement {
-        Statement::Tcp => {
+        Statement::Of(transport) => {
             rule.add_expr(&Meta::L4Proto);
-            rule.add_expr(&Cmp::new(CmpOp::Eq, TCP));
+            rule.add_expr(&Cmp::new(CmpOp::Eq, transport.number()));
         }
-        Statement::NotTcp => {
-            rule.add_expr(&Meta::L4Proto);
-            rule.add_expr(&Cmp::new(CmpOp::Neq, TCP));
+        Statement::Port(transport, port) => {
+            add(rule, &Statement::Of(*transport));
+            rule.add_expr(&payload(libc::NFT_PAYLOAD_TRANSPORT_HEADER, 2, 2, libc::NFT_REG_1 as u32));
+            rule.add_expr(&Cmp::new(CmpOp::Eq, port.to_be()));
         }
-        Statement::To(family, set) => {
-            rule.add_expr(&Meta::NfProto);
-            rule.add_expr(&Cmp::new(CmpOp::Eq, family.number()));
-            add(rule, &Statement::Tcp);
+        Statement::Translate(family, map) => {
+            of_family(rule, *family);
+            let (offset, len, port_register) = family.destination();
+            rule.add_expr(&payload(libc::NFT_PAYLOAD_NETWORK_HEADER, offset, len, libc::NFT_REG_1 as u32));
+            rule.add_expr(&lookup_value(map));
+            rule.add_expr(&translate(*family, port_register));
+        }
+        Statement::To(transport, family, set) => {
+            of_family(rule, *family);
+            add(rule, &Statement::Of(*transport));
             let (offset, len, port_register) = family.destination();
             rule.add_expr(&payload(libc::NFT_PAYLOAD_NETWORK_HEADER, offset, len, libc::NFT_REG_1 as u32));
             rule.add_expr(&payload(libc::NFT_PAYLOAD_TRANSPORT_HEADER, 2, 2, port_register));
@@ -309,7 +339,20 @@ fn add(rule: &mut nftnl::Rule<'_>, statement: &Statement) {
     }
 }
 
-const TCP: u8 = libc::IPPROTO_TCP as u8;
+fn of_family(rule: &mut nftnl::Rule<'_>, family: Family) {
+    rule.add_expr(&Meta::NfProto);
+    rule.add_expr(&Cmp::new(CmpOp::Eq, family.number()));
+}
+
+impl Transport {
+    /// `IPPROTO_…`
+    fn number(self) -> u8 {
+        match self {
+            Self::Tcp => libc::IPPROTO_TCP as u8,
+            Self::Udp => libc::IPPROTO_UDP as u8,
+        }
+    }
+}
 
 impl Family {
     /// `NFPROTO_…`
@@ -337,6 +380,28 @@ fn payload(base: libc::c_int, offset: u32, len: u32, register: u32) -> Expressio
         (constants::NFTNL_EXPR_PAYLOAD_LEN, Value::U32(len)),
     ];
     Expression { name: c"payload", attributes }
+}
+
+/// Of the first register, in which the value is then.
+fn lookup_value(map: &str) -> Expression {
+    let register = Value::U32(libc::NFT_REG_1 as u32);
+    let mut expression = lookup(map, false);
+    expression.attributes.push((constants::NFTNL_EXPR_LOOKUP_DREG, register));
+    expression
+}
+
+/// To the address in the first register and the port in the one after it.
+fn translate(family: Family, port_register: u32) -> Expression {
+    const NF_NAT_RANGE_MAP_IPS: u32 = 1;
+    const NF_NAT_RANGE_PROTO_SPECIFIED: u32 = 2;
+    let attributes = vec![
+        (constants::NFTNL_EXPR_NAT_TYPE, Value::U32(libc::NFT_NAT_DNAT as u32)),
+        (constants::NFTNL_EXPR_NAT_FAMILY, Value::U32(family.number().into())),
+        (constants::NFTNL_EXPR_NAT_REG_ADDR_MIN, Value::U32(libc::NFT_REG_1 as u32)),
+        (constants::NFTNL_EXPR_NAT_REG_PROTO_MIN, Value::U32(port_register)),
+        (constants::NFTNL_EXPR_NAT_FLAGS, Value::U32(NF_NAT_RANGE_MAP_IPS | NF_NAT_RANGE_PROTO_SPECIFIED)),
+    ];
+    Expression { name: c"nat", attributes }
 }
 
 /// Of the first register; in a map, the element's verdict is carried out.

@@ -10,11 +10,12 @@ use crate::{
     config::{Failure, Ports},
     rules::{self, Range},
 };
+use agent_ebpf::DNS_PORT;
 use std::{
     collections::{BTreeMap, BTreeSet},
     fmt,
     hash::{DefaultHasher, Hash as _, Hasher as _},
-    net::IpAddr,
+    net::{IpAddr, SocketAddr},
     path::Path,
 };
 
@@ -22,6 +23,10 @@ use std::{
 pub(super) const TABLE: &str = "mesh_redirect";
 /// The only chain with a hook.
 pub(super) const OUTPUT: &str = "output";
+/// Where connections come to their services.
+const DISPATCH: &str = "dispatch";
+/// The chain, and the beginning of the maps' names, for virtual addresses.
+const VIRTUAL: &str = "virtual";
 /// Before other destination NAT (-100), so that a service's connections are ours first.
 pub(super) const PRIORITY: i32 = -110;
 /// The families for which the proxy is alive, for so long.
@@ -52,6 +57,15 @@ pub(super) enum Content {
     Cgroups(BTreeMap<u64, String>),
     /// User ids: to which chain each goes.
     Users(BTreeMap<u32, String>),
+    /// `ipv4_addr : ipv4_addr . inet_service`, or the same in IPv6: where virtual addresses lead that are not steered.
+    Virtual(Family, BTreeMap<IpAddr, SocketAddr>),
+}
+
+/// A transport.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Transport {
+    Tcp,
+    Udp,
 }
 
 /// An address family.
@@ -78,10 +92,11 @@ pub(super) struct Rule {
 /// One statement.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) enum Statement {
-    Tcp,
-    NotTcp,
+    Of(Transport),
     /// The destination is in a set.
-    To(Family, String),
+    To(Transport, Family, String),
+    /// The destination is at a port.
+    Port(Transport, u16),
     /// Jumps where a map says that sockets of a cgroup go, at so many levels below the root.
     ByCgroup(u32, String),
     /// Jumps where a map says that a user's sockets go.
@@ -90,6 +105,8 @@ pub(super) enum Statement {
     Alive,
     Count(String),
     Redirect(u16),
+    /// To where a map says that the address leads; matches no other address.
+    Translate(Family, String),
     /// With a TCP reset: the application sees ECONNREFUSED.
     Reject,
     Goto(String),
@@ -106,9 +123,12 @@ impl Ruleset {
     /// Of everything that is desired, below a cgroup2 mount.
     pub(super) fn new(desired: &Desired, cgroup_root: &Path) -> Self {
         // Never reached. The kernel translates, and so asks any of this, only while there is a rule that could.
-        let translate = Rule::from(vec![Statement::Tcp, Statement::Redirect(1)]);
+        let translate = Rule::from(vec![TCP, Statement::Redirect(1)]);
         let chains = vec![Chain { name: "translation".to_owned(), rules: vec![translate] }];
         let mut ruleset = Self { counters: BTreeSet::new(), sets: Vec::new(), chains };
+        if desired.services.iter().any(|service| service.dns_port.is_some()) {
+            ruleset.add_virtual(&desired.virtual_addresses);
+        }
         let mut policies: Vec<Vec<Range>> = Vec::new();
         for service in &desired.services {
             let ranges = rules::ranges(&service.entries);
@@ -121,8 +141,23 @@ impl Ruleset {
             ruleset.add_service(service, policy, &ranges);
         }
         let dispatch = ruleset.add_scopes(desired, cgroup_root);
-        ruleset.add_output(dispatch);
+        ruleset.chains.push(Chain { name: DISPATCH.to_owned(), rules: dispatch });
+        ruleset.add_output(desired.services.iter().any(|service| service.dns_port.is_some()));
         ruleset
+    }
+
+    /// Where virtual addresses lead that are not steered. All that goes elsewhere is let go.
+    fn add_virtual(&mut self, addresses: &BTreeMap<IpAddr, SocketAddr>) {
+        let mut rules = Vec::new();
+        for family in [Family::V4, Family::V6] {
+            let of_family =
+                addresses.iter().filter(|(address, _)| address.is_ipv4() == (family == Family::V4));
+            let name = format!("{VIRTUAL}_{}", family.name());
+            rules.push(Rule::from(vec![TCP, Statement::Translate(family, name.clone())]));
+            let content = Content::Virtual(family, of_family.map(|(from, to)| (*from, *to)).collect());
+            self.sets.push(Set { name, content });
+        }
+        self.chains.push(Chain { name: VIRTUAL.to_owned(), rules });
     }
 
     fn add_policy(&mut self, policy: usize, ranges: &[Range]) {
@@ -138,22 +173,26 @@ impl Ruleset {
     fn add_service(&mut self, service: &Service, policy: usize, ranges: &[Range]) {
         let id = service.id;
         let (steer, count) = (format!("steer_{id}"), |what| Statement::Count(counter(what, id)));
+        let (dns, leave) = (service.dns_port, leave(service));
         let without_proxy = match service.failure {
-            Failure::Open => vec![count("passed_proxy_absent"), Statement::Return],
-            Failure::Closed => vec![Statement::Tcp, count("refused"), Statement::Reject],
+            Failure::Open => vec![count("passed_proxy_absent"), leave.clone()],
+            Failure::Closed => vec![TCP, count("refused"), Statement::Reject],
         };
-        let redirect = Statement::Redirect(service.proxy_port);
         let steering = if service.observe {
-            vec![vec![count("observed"), Statement::Return]]
+            vec![vec![count("observed"), leave.clone()]]
         } else {
-            vec![vec![Statement::Alive, Statement::Tcp, count("steered"), redirect], without_proxy]
+            let steer = |port| vec![Statement::Alive, TCP, count("steered"), Statement::Redirect(port)];
+            let query = |port| [vec![Statement::Port(Transport::Tcp, DNS_PORT)], steer(port)].concat();
+            dns.map(query).into_iter().chain([steer(service.proxy_port), without_proxy]).collect()
         };
         let families = [Family::V4, Family::V6].into_iter();
         let families = families.filter(|family| ranges.iter().any(|range| family.is_of(range)));
-        let to_proxy =
-            |family| vec![Statement::To(family, policy_set(policy, family)), Statement::Goto(steer.clone())];
+        let to_proxy = |family| vec![to_set(Transport::Tcp, policy, family), Statement::Goto(steer.clone())];
+        let queries = families.clone().filter_map(|family| self.query(service, policy, family));
+        let queries: Vec<Vec<Statement>> = queries.chain([vec![UDP, Statement::Return]]).collect();
+        let passed = vec![count("passed_by_rule"), leave];
         let mut rules: Vec<Rule> =
-            families.map(to_proxy).chain([vec![count("passed_by_rule")]]).map(Rule::from).collect();
+            queries.into_iter().chain(families.map(to_proxy)).chain([passed]).map(Rule::from).collect();
         if let Some(first) = rules.first_mut() {
             first.comment = Some(service.name.clone());
         }
@@ -162,6 +201,14 @@ impl Ruleset {
         }
         self.chains.push(Chain { name: steer, rules: steering.into_iter().map(Rule::from).collect() });
         self.chains.push(Chain { name: service_chain(service), rules });
+    }
+
+    /// What becomes of queries of a family, where the service's are captured. They always fail open.
+    fn query(&self, service: &Service, policy: usize, family: Family) -> Option<Vec<Statement>> {
+        let port = service.dns_port.filter(|_| !service.observe)?;
+        let count = Statement::Count(counter("queries", service.id));
+        let to_resolver = to_set(Transport::Udp, policy, family);
+        Some(vec![to_resolver, Statement::Alive, UDP, count, Statement::Redirect(port)])
     }
 
     /// Maps from cgroups and users to services, and the rules that look them up: the innermost cgroups first.
@@ -204,11 +251,12 @@ impl Ruleset {
     }
 
     /// The first rule says whose table it is, and which: by it an `apply` sees that there is nothing to do.
-    fn add_output(&mut self, dispatch: Vec<Rule>) {
-        let mut chain = Chain { name: OUTPUT.to_owned(), rules: vec![] };
-        chain.rules.push(Rule::from(vec![Statement::NotTcp, Statement::Return]));
-        chain.rules.extend(dispatch);
-        self.chains.push(chain);
+    fn add_output(&mut self, with_dns: bool) {
+        let dispatch = Statement::Goto(DISPATCH.to_owned());
+        let streams = vec![TCP, dispatch.clone()];
+        let queries = with_dns.then(|| vec![Statement::Port(Transport::Udp, DNS_PORT), dispatch]);
+        let rules = [streams].into_iter().chain(queries).map(Rule::from).collect();
+        self.chains.push(Chain { name: OUTPUT.to_owned(), rules });
         let comment = Some(self.fingerprint());
         if let Some(first) = self.chains.last_mut().and_then(|chain| chain.rules.first_mut()) {
             first.comment = comment;
@@ -242,14 +290,29 @@ impl Ruleset {
     }
 }
 
+const TCP: Statement = Statement::Of(Transport::Tcp);
+const UDP: Statement = Statement::Of(Transport::Udp);
+
+/// What becomes of a connection that is not steered. A virtual address leads nowhere by itself.
+fn leave(service: &Service) -> Statement {
+    match service.dns_port {
+        Some(_) => Statement::Goto(VIRTUAL.to_owned()),
+        None => Statement::Return,
+    }
+}
+
+fn to_set(transport: Transport, policy: usize, family: Family) -> Statement {
+    Statement::To(transport, family, policy_set(policy, family))
+}
+
 /// How many levels below the root of the hierarchy a cgroup is.
 fn level(cgroup: &Cgroup, cgroup_root: &Path) -> u32 {
     cgroup.dir.strip_prefix(cgroup_root).unwrap_or(&cgroup.dir).components().count() as u32
 }
 
 /// What is counted of each service.
-pub(super) const COUNTERS: [&str; 5] =
-    ["steered", "passed_by_rule", "passed_proxy_absent", "refused", "observed"];
+pub(super) const COUNTERS: [&str; 6] =
+    ["steered", "passed_by_rule", "passed_proxy_absent", "refused", "observed", "queries"];
 
 fn policy_set(policy: usize, family: Family) -> String {
     format!("policy_{policy}_{}", family.name())
@@ -267,8 +330,24 @@ impl Family {
         }
     }
 
+    fn daddr(self) -> &'static str {
+        match self {
+            Self::V4 => "ip daddr",
+            Self::V6 => "ip6 daddr",
+        }
+    }
+
     fn is_of(self, range: &Range) -> bool {
         range.first.is_ipv4() == (self == Self::V4)
+    }
+}
+
+impl Transport {
+    fn name(self) -> &'static str {
+        match self {
+            Self::Tcp => "tcp",
+            Self::Udp => "udp",
+        }
     }
 }
 
@@ -303,6 +382,12 @@ impl fmt::Display for Set {
             Content::Users(users) => {
                 let elements = users.iter().map(|(id, chain)| format!("{id} : jump {chain}"));
                 ("map", "type uid : verdict".to_owned(), elements.collect())
+            }
+            Content::Virtual(family, addresses) => {
+                let elements =
+                    addresses.iter().map(|(from, to)| format!("{from} : {} . {}", to.ip(), to.port()));
+                let kind = format!("{}_addr", family.name());
+                ("map", format!("type {kind} : {kind} . inet_service"), elements.collect())
             }
         };
         writeln!(f, "\t{kind} {} {{\n\t\t{key}\n\t\telements = {{", self.name)?;
@@ -343,15 +428,20 @@ impl fmt::Display for Rule {
 impl fmt::Display for Statement {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            Self::Tcp => f.write_str("meta l4proto tcp"),
-            Self::NotTcp => f.write_str("meta l4proto != tcp"),
-            Self::To(Family::V4, set) => write!(f, "ip daddr . tcp dport @{set}"),
-            Self::To(Family::V6, set) => write!(f, "ip6 daddr . tcp dport @{set}"),
+            Self::Of(transport) => write!(f, "meta l4proto {}", transport.name()),
+            Self::To(transport, family, set) => {
+                write!(f, "{} . {} dport @{set}", family.daddr(), transport.name())
+            }
+            Self::Port(transport, port) => write!(f, "{} dport {port}", transport.name()),
             Self::ByCgroup(level, map) => write!(f, "socket cgroupv2 level {level} vmap @{map}"),
             Self::ByUser(map) => write!(f, "meta skuid vmap @{map}"),
             Self::Alive => write!(f, "meta nfproto @{ALIVE}"),
             Self::Count(name) => write!(f, "counter name {name}"),
             Self::Redirect(port) => write!(f, "redirect to :{port}"),
+            Self::Translate(family, map) => {
+                let family_name = if *family == Family::V4 { "ip" } else { "ip6" };
+                write!(f, "dnat {family_name} to {} map @{map}", family.daddr())
+            }
             Self::Reject => f.write_str("reject with tcp reset"),
             Self::Goto(chain) => write!(f, "goto {chain}"),
             Self::Return => f.write_str("return"),

@@ -1,0 +1,174 @@
+//! What the proxy can route, as it says itself (`GET /routable`): where its services are, and the virtual addresses that
+//! it gives to their names. Kept on disk for whoever has to know it while the proxy is away.
+
+use crate::config::Ports;
+use agent_ebpf::decide::Destination;
+use ipnet::IpNet;
+use serde::{Deserialize, Serialize};
+use std::{
+    collections::BTreeMap,
+    fs, io,
+    net::{IpAddr, Ipv4Addr, SocketAddr},
+    path::Path,
+};
+
+/// Version of the form.
+const VERSION: u32 = 1;
+/// What it is kept in, below the directory of the state.
+const FILE: &str = "routable.json";
+
+/// See the module.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct Routable {
+    version: u32,
+    services: Vec<Service>,
+}
+
+/// A virtual host of the proxy's.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
+struct Service {
+    name: String,
+    domains: Vec<Domain>,
+    /// Where it is listened on for its names, at their loopback addresses.
+    ports: Vec<u16>,
+    /// Where its names lead without the proxy.
+    addresses: Vec<IpAddr>,
+    /// Where its instances are.
+    endpoints: Vec<SocketAddr>,
+}
+
+/// A host name.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
+struct Domain {
+    name: String,
+    #[serde(rename = "virtual")]
+    virtual_addresses: Vec<IpAddr>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    loopback: Option<Ipv4Addr>,
+}
+
+impl Default for Routable {
+    fn default() -> Self {
+        Self { version: VERSION, services: Vec::new() }
+    }
+}
+
+impl Routable {
+    /// As the proxy wrote it.
+    pub(crate) fn parse(json: &[u8]) -> io::Result<Self> {
+        let routable: Self = serde_json::from_slice(json)?;
+        match routable.version {
+            VERSION => Ok(routable),
+            other => Err(io::Error::other(format!("its version is {other}; expected {VERSION}"))),
+        }
+    }
+
+    /// Where a service is: blocks and ports; nowhere for one that the proxy does not know.
+    pub(crate) fn of(&self, service: &str) -> impl Iterator<Item = (IpNet, Ports)> {
+        self.services.iter().filter(move |known| known.name == service).flat_map(Service::destinations)
+    }
+
+    /// Where all services are, and which one it is.
+    pub(crate) fn all(&self) -> impl Iterator<Item = (&str, (IpNet, Ports))> {
+        let of = |service: &Service| service.destinations().collect::<Vec<_>>();
+        self.services
+            .iter()
+            .flat_map(move |service| of(service).into_iter().map(|to| (service.name.as_str(), to)))
+    }
+
+    /// Each virtual address, and an endpoint of its name of the same family. What the proxy has no right to name is left
+    /// out.
+    pub(crate) fn virtual_addresses(&self) -> BTreeMap<IpAddr, SocketAddr> {
+        let of = |service: &Service| {
+            let addresses = service.domains.iter().flat_map(|domain| &domain.virtual_addresses);
+            let addresses = addresses.filter(|address| is_virtual(**address));
+            let endpoint = |address: &IpAddr| {
+                let endpoints = service.endpoints.iter();
+                Some((*address, *endpoints.clone().find(|to| to.is_ipv4() == address.is_ipv4())?))
+            };
+            addresses.filter_map(endpoint).collect::<Vec<_>>()
+        };
+        self.services.iter().flat_map(of).collect()
+    }
+
+    /// What was kept last; nothing where nothing was.
+    pub(crate) fn load(state: &Path) -> Self {
+        fs::read(state.join(FILE)).and_then(|json| Self::parse(&json)).unwrap_or_default()
+    }
+
+    /// Keeps it.
+    pub(crate) fn save(&self, state: &Path) -> io::Result<()> {
+        fs::create_dir_all(state)?;
+        let path = state.join(FILE);
+        let next = path.with_extension("json.next");
+        fs::write(&next, serde_json::to_vec(self)?)?;
+        fs::rename(&next, &path)
+    }
+
+    /// Removes what was kept.
+    pub(crate) fn remove(state: &Path) {
+        for name in [FILE, "routable.json.next"] {
+            let _absent_is_fine = fs::remove_file(state.join(name));
+        }
+    }
+}
+
+impl Service {
+    fn destinations(&self) -> impl Iterator<Item = (IpNet, Ports)> {
+        const ANY_PORT: Ports = Ports { first: 0, last: u16::MAX };
+        let of_domains = self.domains.iter().flat_map(|domain| &domain.virtual_addresses);
+        let addresses = self.addresses.iter().chain(of_domains).map(|&address| (address.into(), ANY_PORT));
+        let endpoint = |to: &SocketAddr| (to.ip().into(), Ports { first: to.port(), last: to.port() });
+        addresses.chain(self.endpoints.iter().map(endpoint)).collect::<Vec<_>>().into_iter()
+    }
+}
+
+fn is_virtual(address: IpAddr) -> bool {
+    match address {
+        IpAddr::V4(address) => Destination::from_ipv4(address.octets(), 0).is_virtual(),
+        IpAddr::V6(address) => Destination::from_ipv6(address.octets(), 0).is_virtual(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const SAID: &str = r#"{"version": 1, "services": [{"name": "catalog",
+        "domains": [{"name": "catalog.internal", "virtual": ["241.3.7.9", "fdb2:6c1e:9d04::3:709", "10.0.0.1"]}],
+        "ports": [8080], "addresses": ["10.77.0.10"], "endpoints": ["10.77.0.2:8080", "10.77.0.3:8080"], "more": 1}]}"#;
+
+    #[test]
+    fn a_service_is_at_its_addresses_at_any_port_and_at_its_endpoints() {
+        let routable = Routable::parse(SAID.as_bytes()).unwrap();
+        let shown = |(net, ports): (IpNet, Ports)| format!("{net} {ports}");
+        let found: Vec<String> = routable.of("catalog").map(shown).collect();
+        assert!(found.contains(&"10.77.0.10/32 0-65535".to_owned()), "{found:?}");
+        assert!(found.contains(&"10.77.0.3/32 8080".to_owned()), "{found:?}");
+        assert_eq!(routable.of("other").count(), 0);
+        assert_eq!(routable.all().count(), found.len());
+    }
+
+    #[test]
+    fn only_virtual_addresses_lead_to_an_endpoint_of_their_family() {
+        let routable = Routable::parse(SAID.as_bytes()).unwrap();
+        let expected = ("241.3.7.9".parse().unwrap(), "10.77.0.2:8080".parse().unwrap());
+        assert_eq!(routable.virtual_addresses(), BTreeMap::from([expected]));
+    }
+
+    #[test]
+    fn what_is_kept_is_found_again_and_what_is_broken_is_nothing() {
+        let dir = tempfile::tempdir().unwrap();
+        assert_eq!(Routable::load(dir.path()), Routable::default());
+        let routable = Routable::parse(SAID.as_bytes()).unwrap();
+        routable.save(dir.path()).unwrap();
+        assert_eq!(Routable::load(dir.path()), routable);
+        fs::write(dir.path().join(FILE), "{").unwrap();
+        assert_eq!(Routable::load(dir.path()), Routable::default());
+        Routable::remove(dir.path());
+        assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 0);
+        Routable::parse(br#"{"version": 2, "services": []}"#).unwrap_err();
+    }
+}
