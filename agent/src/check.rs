@@ -5,7 +5,6 @@ use crate::{
     config::Config,
     mode::{self, Facts},
     probe,
-    redirect::nftables,
     workload::Workloads,
 };
 use serde::Serialize;
@@ -85,7 +84,8 @@ fn privileges() -> Line {
 }
 
 fn ebpf(facts: &Facts) -> Line {
-    let result = facts.ebpf.clone().map(|()| "possible: every program loads".to_owned());
+    let beside = beside(&facts.beside.connect_hooks);
+    let result = facts.ebpf.clone().map(|()| format!("possible: every program loads{beside}"));
     Line::wanted(
         "ebpf",
         result,
@@ -94,8 +94,7 @@ fn ebpf(facts: &Facts) -> Line {
 }
 
 fn nftables(facts: &Facts) -> Line {
-    let others = nftables::other_nat_tables().unwrap_or_default();
-    let beside = if others.is_empty() { String::new() } else { format!("; beside {}", others.join(", ")) };
+    let beside = beside(&facts.beside.nat_tables);
     let result = facts.nftables.clone().map(|()| format!("possible: the kernel takes the rules{beside}"));
     Line::wanted(
         "nftables",
@@ -104,8 +103,13 @@ fn nftables(facts: &Facts) -> Line {
     )
 }
 
+fn beside(others: &[String]) -> String {
+    if others.is_empty() { String::new() } else { format!("; beside {}", others.join(", ")) }
+}
+
 fn hosts(facts: &Facts) -> Line {
-    let result = facts.hosts.clone().map(|()| "possible: the file can be written".to_owned());
+    let how = if facts.beside.hosts_is_mount { "written in place, since it is a mount" } else { "replaced" };
+    let result = facts.hosts.clone().map(|()| format!("possible: the file can be {how}"));
     Line::wanted(
         "hosts",
         result,

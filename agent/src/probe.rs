@@ -2,7 +2,7 @@
 
 use crate::{
     config::Config,
-    mode::Facts,
+    mode::{Beside, Facts},
     redirect::{ebpf, hosts, nftables},
 };
 use std::{
@@ -38,7 +38,17 @@ pub(crate) fn facts(config: &Config) -> Facts {
         ebpf: root.as_ref().map(drop).map_err(Clone::clone).and_then(|()| bpffs()).and_then(|()| ebpf()),
         nftables: root.as_ref().map_err(Clone::clone).and_then(nftables),
         hosts: hosts::try_file(&config.paths.hosts).map_err(|error| error.to_string()),
+        beside: Beside {
+            connect_hooks: root.iter().flat_map(|root| ebpf::others(root).unwrap_or_default()).collect(),
+            nat_tables: nftables::other_nat_tables().unwrap_or_default(),
+            hosts_is_mount: is_mount(&config.paths.hosts),
+        },
     }
+}
+
+fn is_mount(path: &Path) -> bool {
+    let mounts = fs::read_to_string("/proc/self/mountinfo").unwrap_or_default();
+    mounts.lines().filter_map(mount_point).any(|point| point == path)
 }
 
 /// Where the cgroup2 hierarchy is mounted.
@@ -83,12 +93,15 @@ fn missing(effective: u64) -> Vec<&'static str> {
 
 /// Mount points of a file system's type (proc_pid_mountinfo(5)).
 fn mounts_of(mountinfo: &str, kind: &str) -> Vec<PathBuf> {
-    let mount = |line: &str| {
-        let (mount, filesystem) = line.split_once(" - ")?;
-        let point = mount.split(' ').nth(4)?;
-        (filesystem.split(' ').next()? == kind).then(|| PathBuf::from(unescaped(point)))
+    let is_of_kind = |line: &&str| {
+        let filesystem = line.split_once(" - ").map(|(_, filesystem)| filesystem);
+        filesystem.and_then(|filesystem| filesystem.split(' ').next()) == Some(kind)
     };
-    mountinfo.lines().filter_map(mount).collect()
+    mountinfo.lines().filter(is_of_kind).filter_map(mount_point).collect()
+}
+
+fn mount_point(line: &str) -> Option<PathBuf> {
+    Some(PathBuf::from(unescaped(line.split(' ').nth(4)?)))
 }
 
 /// Blanks, tabs, newlines and backslashes of a mount point are written in octal.

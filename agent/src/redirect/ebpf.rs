@@ -9,7 +9,7 @@ mod object;
 mod pins;
 mod written;
 
-pub(crate) use object::try_load;
+pub(crate) use object::{others, try_load};
 
 pub(crate) use error::Error;
 use maps::Maps;
