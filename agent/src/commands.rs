@@ -6,8 +6,9 @@ use crate::{
     client,
     config::{Config, ConfigError, Scope, check_name},
     daemon::{Daemon, Request},
-    lock,
+    http, lock,
     mode::{self, Mode},
+    origins::{self, Snapshot, server::OriginsServer},
     plan, present, probe, ready,
     redirect::{Redirect, ebpf::Ebpf},
     routable::Routable,
@@ -19,8 +20,15 @@ use crate::{
 use anyhow::{Context as _, bail};
 use nix::unistd::geteuid;
 use std::{
-    ffi::OsString, fs, io::Write as _, net::SocketAddr, os::unix::process::CommandExt as _, path::PathBuf,
-    process::ExitCode, sync::mpsc, thread,
+    ffi::OsString,
+    fs, future,
+    io::Write as _,
+    net::SocketAddr,
+    os::unix::process::CommandExt as _,
+    path::{Path, PathBuf},
+    process::ExitCode,
+    sync::mpsc,
+    thread,
 };
 use tokio::signal::unix::{SignalKind, signal};
 
@@ -70,9 +78,12 @@ fn daemon(config: Config, file: Option<PathBuf>) -> anyhow::Result<()> {
     let (follows_routable, admin) = (config.follows_routable(), config.proxy.admin);
     let _only_one = lock::daemon(&run)?;
     let cgroup_root = probe::cgroup2_mount()?;
-    let daemon = Daemon::start(config, file, Workloads::new(cgroup_root.clone()))?;
+    let (published, snapshots) = tokio::sync::watch::channel(Snapshot::default());
+    let daemon = Daemon::start(config, file, Workloads::new(cgroup_root.clone()), published)?;
+    let mode = daemon.mode();
     let (requests, received) = mpsc::channel();
-    if daemon.mode() != Mode::Ebpf {
+    if mode != Mode::Ebpf {
+        let cgroup_root = cgroup_root.clone();
         let tell = requests.clone();
         let watch = move || {
             watch::proxy(&proxy, Workloads::new(cgroup_root), |ready| {
@@ -88,7 +99,10 @@ fn daemon(config: Config, file: Option<PathBuf>) -> anyhow::Result<()> {
     }
     let mind = thread::Builder::new().name("daemon".to_owned()).spawn(move || daemon.run(&received))?;
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
-    runtime.block_on(serve_until_told_to_stop(run.join("agent.sock"), requests.clone()))?;
+    runtime.block_on(async {
+        let origins = origins_server(mode, &run, snapshots, Workloads::new(cgroup_root))?;
+        serve_until_told_to_stop(&run, requests.clone(), origins).await
+    })?;
     let _already_stopped = requests.send(Request::Stop);
     if mind.join().is_err() {
         bail!("the daemon's thread panicked; what is steered stays steered");
@@ -96,20 +110,52 @@ fn daemon(config: Config, file: Option<PathBuf>) -> anyhow::Result<()> {
     Ok(())
 }
 
-async fn serve_until_told_to_stop(socket: PathBuf, requests: mpsc::Sender<Request>) -> anyhow::Result<()> {
-    let listener = server::bind(&socket).with_context(|| format!("bind {}", socket.display()))?;
+/// With eBPF the kernel tells the proxy, and with a hosts file nobody knows.
+fn origins_server(
+    mode: Mode,
+    run: &Path,
+    snapshots: tokio::sync::watch::Receiver<Snapshot>,
+    workloads: Workloads,
+) -> anyhow::Result<Option<OriginsServer>> {
+    let path = origins::server::path(run);
+    if mode != Mode::Nftables {
+        // Of a daemon that was killed.
+        http::remove(&path).with_context(|| format!("remove {}", path.display()))?;
+        return Ok(None);
+    }
+    let server = OriginsServer::bind(&path, snapshots, workloads);
+    server.map(Some).with_context(|| format!("serve origins at {}", path.display()))
+}
+
+async fn serve_until_told_to_stop(
+    run: &Path,
+    requests: mpsc::Sender<Request>,
+    origins: Option<OriginsServer>,
+) -> anyhow::Result<()> {
+    let socket = run.join("agent.sock");
+    let listener = http::bind(&socket).with_context(|| format!("bind {}", socket.display()))?;
     let (mut terminate, mut interrupt) = (signal(SignalKind::terminate())?, signal(SignalKind::interrupt())?);
+    let serve_origins = async {
+        match origins {
+            Some(origins) => origins.serve().await,
+            None => future::pending().await,
+        }
+    };
     // Where no service manager listens there is nobody to tell.
     let _no_manager = sd_notify::notify(&[sd_notify::NotifyState::Ready]);
     tracing::info!(socket = %socket.display(), "ready");
     tokio::select! {
         () = server::serve(listener, requests) => {}
+        () = serve_origins => {}
         _ = terminate.recv() => {}
         _ = interrupt.recv() => {}
     }
     let _no_manager = sd_notify::notify(&[sd_notify::NotifyState::Stopping]);
     tracing::info!("stopping; what is steered stays steered");
-    fs::remove_file(&socket).with_context(|| format!("remove {}", socket.display()))
+    for socket in [socket, origins::server::path(run)] {
+        http::remove(&socket).with_context(|| format!("remove {}", socket.display()))?;
+    }
+    Ok(())
 }
 
 fn change(config: &Config, path: &str, verb: &str, change: cli::Change, observe: bool) -> anyhow::Result<()> {
@@ -208,7 +254,7 @@ fn remove_redirects(config: &Config) -> anyhow::Result<()> {
 
 /// Drop-ins of this state only where it is not the host's own: another daemon's are not ours to remove.
 fn remove_drop_ins(config: &Config) -> anyhow::Result<()> {
-    if config.paths.state == std::path::Path::new("/var/lib/mesh-redirect") {
+    if config.paths.state == Path::new("/var/lib/mesh-redirect") {
         return systemd::remove_all_drop_ins().context("remove drop-ins");
     }
     let Ok(state) = StateFile::new(&config.paths.state).load() else { return Ok(()) };

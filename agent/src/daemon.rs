@@ -5,7 +5,7 @@ use crate::{
     config::{Config, Failure, Scope, check_name},
     lock,
     mode::{self, Mode},
-    plan, probe,
+    origins, plan, probe,
     redirect::{self, Cgroup, Redirect},
     routable::Routable,
     state::{State, StateFile},
@@ -24,7 +24,7 @@ use std::{
     sync::mpsc::{Receiver, RecvTimeoutError},
     time::{Duration, Instant},
 };
-use tokio::sync::oneshot;
+use tokio::sync::{oneshot, watch::Sender};
 
 /// How often the host is compared with what is wanted.
 const TICK: Duration = Duration::from_secs(1);
@@ -100,6 +100,8 @@ pub(crate) struct Daemon {
     redirect: Redirect,
     /// What was last heard of the proxy.
     proxy_ready: [bool; 2],
+    /// Where it is published what is enabled.
+    origins: Sender<origins::Snapshot>,
     commands: u64,
 }
 
@@ -109,6 +111,7 @@ impl Daemon {
         config: Config,
         config_file: Option<PathBuf>,
         workloads: Workloads,
+        origins: Sender<origins::Snapshot>,
     ) -> Result<Self, Error> {
         let file = StateFile::new(&config.paths.state);
         let mut state = file.load()?;
@@ -124,6 +127,7 @@ impl Daemon {
             mode,
             redirect: redirect(mode),
             proxy_ready: [false; 2],
+            origins,
             config,
             config_file,
             file,
@@ -393,6 +397,7 @@ impl Daemon {
 
     /// What is desired is looked up under the lock, and anew where a service is attached to a cgroup that it is not known
     /// to be in: a unit that has just attached itself would else be taken for one that is where it was before, or nowhere.
+    /// Whose a connection is shall be known before the first one is steered.
     fn apply(&mut self, state: &State) -> Result<(), Error> {
         let _held = lock::kernel(&self.config.paths.run)?;
         let mut desired = plan::everything(&self.config, state, &mut self.workloads, &mut self.compiled)?;
@@ -400,7 +405,16 @@ impl Daemon {
             self.workloads.forget_units();
             desired = plan::everything(&self.config, state, &mut self.workloads, &mut self.compiled)?;
         }
+        self.publish(origins::Snapshot::from(&desired));
         Ok(self.redirect.apply(&desired)?)
+    }
+
+    fn publish(&self, snapshot: origins::Snapshot) {
+        self.origins.send_if_modified(|published| {
+            let is_new = *published != snapshot;
+            *published = snapshot;
+            is_new
+        });
     }
 
     /// Cgroups of commands in which no process is left.

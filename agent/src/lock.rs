@@ -73,7 +73,7 @@ pub(crate) fn kernel(run: &Path) -> Result<Lock, LockError> {
 
 /// Removes the files, and their directory where nothing else is in it.
 pub(crate) fn remove(run: &Path) {
-    for name in ["agent.lock", "kernel.lock", "agent.sock"] {
+    for name in ["agent.lock", "kernel.lock", "agent.sock", "origins.sock"] {
         let _absent_is_fine = fs::remove_file(run.join(name));
     }
     let _in_use_is_fine = fs::remove_dir(run);

@@ -6,11 +6,13 @@ mod cli;
 mod client;
 mod commands;
 mod config;
+mod conntrack;
 mod daemon;
+mod http;
 mod lock;
 mod mode;
-
 mod netlink;
+mod origins;
 mod plan;
 mod present;
 mod probe;

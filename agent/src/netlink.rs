@@ -1,6 +1,6 @@
 //! Netlink: a socket, and the messages of a datagram (linux/netlink.h).
 
-use netlink_packet_core::NlasIterator;
+use netlink_packet_core::{DefaultNla, Emitable as _, NLA_F_NESTED, NlasIterator};
 use nix::sys::socket::{
     AddressFamily, MsgFlags, SockFlag, SockProtocol, SockType, recv, send, setsockopt, socket, sockopt,
 };
@@ -40,6 +40,24 @@ impl Netlink {
         Ok(send(self.socket.as_raw_fd(), messages, MsgFlags::empty()).map(drop)?)
     }
 
+    /// Asks for one thing: the message with it, or none where the kernel says that there is no such thing.
+    pub(crate) fn ask(&self, request: &[u8]) -> io::Result<Option<Vec<u8>>> {
+        self.send(request)?;
+        let mut found = Ok(None);
+        // To the last datagram, which the next question must not take for its answer.
+        while let Some(answer) = self.answer()? {
+            for message in Messages(&answer) {
+                found = match message.error() {
+                    Some(error) if error.raw_os_error() == Some(libc::ENOENT) => Ok(None),
+                    Some(error) => Err(error),
+                    None if i32::from(message.kind) == libc::NLMSG_ERROR => continue,
+                    None => Ok(Some(message.body.to_vec())),
+                };
+            }
+        }
+        found
+    }
+
     /// The next datagram; none where the kernel has nothing to say.
     pub(crate) fn answer(&self) -> io::Result<Option<Vec<u8>>> {
         let mut buffer = [0; ANSWER];
@@ -52,6 +70,27 @@ impl Netlink {
             }
         }
     }
+}
+
+/// A message of a kind, with the flags of its header.
+pub(crate) fn message(kind: u16, flags: libc::c_int, body: &[u8]) -> Vec<u8> {
+    let mut message = ((HEADER + body.len()) as u32).to_ne_bytes().to_vec();
+    message.extend(kind.to_ne_bytes().into_iter().chain((flags as u16).to_ne_bytes()).chain([0; 8]));
+    message.extend(body);
+    message
+}
+
+/// An attribute.
+pub(crate) fn attribute(kind: u16, value: &[u8]) -> Vec<u8> {
+    let attribute = DefaultNla::new(kind, value.to_vec());
+    let mut bytes = vec![0; attribute.buffer_len()];
+    attribute.emit(&mut bytes);
+    bytes
+}
+
+/// An attribute that holds others.
+pub(crate) fn nested(kind: u16, attributes: &[Vec<u8>]) -> Vec<u8> {
+    attribute(kind | NLA_F_NESTED, &attributes.concat())
 }
 
 /// Attributes of a message, by their kinds.
@@ -114,6 +153,17 @@ fn u16_at(bytes: &[u8], at: usize) -> Option<u16> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn what_is_written_is_read_again() {
+        let body = [nested(2, &[attribute(1, &[17]), attribute(3, b"abcd")]), attribute(4, &[])].concat();
+        let message = message(7, libc::NLM_F_REQUEST, &body);
+        let read = Messages(&message).next().unwrap();
+        assert_eq!((read.kind, message[6]), (7, 1));
+        let outer = attributes(read.body);
+        assert_eq!(attributes(&outer[&2]), BTreeMap::from([(1, vec![17]), (3, b"abcd".to_vec())]));
+        assert!(outer[&4].is_empty());
+    }
 
     #[test]
     fn broken_answers_end_and_never_panic() {

@@ -160,9 +160,9 @@ impl Cgroup {
     /// Its id and those of all below it.
     pub(crate) fn ids(&self) -> BTreeSet<u64> {
         let mut ids = BTreeSet::from([self.id]);
-        let below = fs::read_dir(&self.dir).into_iter().flatten().flatten().map(|entry| entry.path());
-        for dir in below.filter(|path| path.is_dir()) {
-            ids.extend(Self::open(&dir).map(|cgroup| cgroup.ids()).unwrap_or_default());
+        let below = fs::read_dir(&self.dir).into_iter().flatten().flatten();
+        for dir in below.filter(|entry| entry.file_type().is_ok_and(|kind| kind.is_dir())) {
+            ids.extend(Self::open(&dir.path()).map(|cgroup| cgroup.ids()).unwrap_or_default());
         }
         ids
     }

@@ -4,18 +4,16 @@ use crate::{
     api,
     config::check_name,
     daemon::{self, Request},
+    http::{self, json, refuse},
     plan::PlanError,
 };
 use bytes::Bytes;
 use http_body_util::{BodyExt as _, Full, Limited};
 use hyper::{Method, Response, StatusCode, body::Incoming, service::service_fn};
 use hyper_util::rt::{TokioIo, TokioTimer};
-use nix::sys::stat;
 use serde::{Serialize, de::DeserializeOwned};
 use std::{
     convert::Infallible,
-    fs, io,
-    path::Path,
     sync::{Arc, mpsc::Sender},
     time::Duration,
 };
@@ -35,36 +33,17 @@ const MAX_HEAD: usize = 8 << 10;
 const HEAD_TIMEOUT: Duration = Duration::from_secs(5);
 const CONNECTION_TIMEOUT: Duration = Duration::from_secs(120);
 
-/// Binds the socket in the place of one that a dead daemon left. Only root can open it, from the first moment.
-pub(crate) fn bind(path: &Path) -> io::Result<UnixListener> {
-    match fs::remove_file(path) {
-        Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
-        _ => {}
-    }
-    let before = stat::umask(stat::Mode::from_bits_truncate(0o177));
-    let listener = UnixListener::bind(path);
-    stat::umask(before);
-    listener
-}
-
 /// Serves until the task is dropped.
 pub(crate) async fn serve(listener: UnixListener, requests: Sender<Request>) {
     let places = Arc::new(Semaphore::new(MAX_CONNECTIONS));
     loop {
         let Ok(place) = Arc::clone(&places).acquire_owned().await else { return };
-        match listener.accept().await {
-            Ok((stream, _)) => {
-                let requests = requests.clone();
-                tokio::spawn(async move {
-                    connection(stream, requests).await;
-                    drop(place);
-                });
-            }
-            Err(error) => {
-                tracing::warn!("accept on the control socket: {error}");
-                tokio::time::sleep(Duration::from_millis(100)).await;
-            }
-        }
+        let stream = http::accept(&listener).await;
+        let requests = requests.clone();
+        tokio::spawn(async move {
+            connection(stream, requests).await;
+            drop(place);
+        });
     }
 }
 
@@ -167,19 +146,4 @@ fn status_of(error: &daemon::Error) -> StatusCode {
         | daemon::Error::Plan(PlanError::Policy { .. }) => StatusCode::BAD_REQUEST,
         _ => StatusCode::INTERNAL_SERVER_ERROR,
     }
-}
-
-fn refuse(status: StatusCode, error: &str) -> Response<Full<Bytes>> {
-    json(status, &api::Refusal { error: error.to_owned() })
-}
-
-fn json(status: StatusCode, value: &impl Serialize) -> Response<Full<Bytes>> {
-    let mut body = serde_json::to_vec(value).unwrap_or_default();
-    body.push(b'\n');
-    let mut response = Response::new(Full::from(body));
-    *response.status_mut() = status;
-    response
-        .headers_mut()
-        .insert(hyper::header::CONTENT_TYPE, hyper::header::HeaderValue::from_static("application/json"));
-    response
 }

@@ -1,4 +1,4 @@
-//! Which sockets are at a port, and in which cgroup: asked of the kernel (sock_diag(7)).
+//! Which sockets are at a port, and whose: asked of the kernel (sock_diag(7)).
 
 use crate::netlink::{Messages, Netlink, attributes};
 use netlink_packet_core::{NLM_F_DUMP, NLM_F_REQUEST, NetlinkHeader, NetlinkMessage, NetlinkPayload};
@@ -7,12 +7,24 @@ use netlink_packet_sock_diag::{
     inet::{ExtensionFlags, InetRequest, SocketId, StateFlags},
 };
 use nix::sys::socket::SockProtocol;
-use std::{io, net::IpAddr};
+use std::{
+    io,
+    net::{IpAddr, SocketAddr},
+};
 
 /// A socket, by its own end.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Socket {
     pub(crate) address: IpAddr,
+    /// Id of the cgroup it was made in; zero where the kernel does not tell (before 5.9).
+    pub(crate) cgroup: u64,
+}
+
+/// Whose a socket is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Owner {
+    /// None for a socket that was closed and still has something to send: nobody owns it then.
+    pub(crate) uid: Option<u32>,
     /// Id of the cgroup it was made in; zero where the kernel does not tell (before 5.9).
     pub(crate) cgroup: u64,
 }
@@ -23,7 +35,12 @@ const CGROUP_ID: u16 = 21;
 const MESSAGE: usize = 72;
 const FAMILY: usize = 0;
 const PORT: usize = 4;
+const REMOTE_PORT: usize = 6;
 const ADDRESS: usize = 8;
+const UID: usize = 64;
+const INODE: usize = 68;
+/// A socket's cookie, where it is not known (`INET_DIAG_NOCOOKIE`).
+const NO_COOKIE: [u8; 8] = [0xff; 8];
 
 /// TCP listeners on a port in this network namespace, of both families.
 pub(crate) fn listeners(port: u16) -> io::Result<Vec<Socket>> {
@@ -53,16 +70,68 @@ fn on_port(port: u16, states: &StateFlags) -> io::Result<Vec<Socket>> {
     Ok(found)
 }
 
+/// Whose the socket is that sends from `local` to `remote`; none where there is none, or one that is about to go.
+///
+/// A TCP socket is found by both its ends. A UDP socket need not be connected: then `local` alone has to be its own.
+pub(crate) fn owner(
+    netlink: &Netlink,
+    protocol: u8,
+    local: SocketAddr,
+    remote: SocketAddr,
+) -> io::Result<Option<Owner>> {
+    let answer = netlink.ask(&exact(protocol, local, remote))?;
+    Ok(answer.and_then(|body| owner_of(&body, protocol, local, remote)))
+}
+
+/// IPv4-mapped sockets are among those of IPv4.
+fn exact(protocol: u8, local: SocketAddr, remote: SocketAddr) -> Vec<u8> {
+    // The kernel looks a datagram's receiver up by the datagram's ends, so the source is the other one.
+    let is_udp = i32::from(protocol) == libc::IPPROTO_UDP;
+    let (source, destination) = if is_udp { (remote, local) } else { (local, remote) };
+    let (family, id) = match local {
+        SocketAddr::V4(_) => (libc::AF_INET, SocketId::new_v4()),
+        SocketAddr::V6(_) => (libc::AF_INET6, SocketId::new_v6()),
+    };
+    let socket_id = SocketId {
+        source_port: source.port(),
+        destination_port: destination.port(),
+        source_address: source.ip(),
+        destination_address: destination.ip(),
+        cookie: NO_COOKIE,
+        ..id
+    };
+    message(family as u8, protocol, socket_id, &StateFlags::all(), NLM_F_REQUEST)
+}
+
+/// The kernel offers a listener where it finds no connection.
+fn owner_of(body: &[u8], protocol: u8, local: SocketAddr, remote: SocketAddr) -> Option<Owner> {
+    let (port, Socket { cgroup, .. }) = socket(body)?;
+    let remote_port = u16::from_be_bytes(body.get(REMOTE_PORT..REMOTE_PORT + 2)?.try_into().ok()?);
+    let is_unconnected = i32::from(protocol) == libc::IPPROTO_UDP && remote_port == 0;
+    if port != local.port() || remote_port != remote.port() && !is_unconnected {
+        return None;
+    }
+    let number = |at: usize| Some(u32::from_ne_bytes(body.get(at..at + 4)?.try_into().ok()?));
+    let (uid, inode) = (number(UID)?, number(INODE)?);
+    // What waits for its time to be over has neither a cgroup nor an owner.
+    let owner = Owner { uid: (inode != 0).then_some(uid), cgroup };
+    (cgroup != 0 || inode != 0).then_some(owner)
+}
+
 fn request(family: u8, socket_id: SocketId, states: &StateFlags) -> Vec<u8> {
+    message(family, libc::IPPROTO_TCP as u8, socket_id, states, NLM_F_REQUEST | NLM_F_DUMP)
+}
+
+fn message(family: u8, protocol: u8, socket_id: SocketId, states: &StateFlags, flags: u16) -> Vec<u8> {
     let request = InetRequest {
         family,
-        protocol: libc::IPPROTO_TCP as u8,
+        protocol,
         extensions: ExtensionFlags::empty(),
         states: states.clone(),
         socket_id,
     };
     let mut header = NetlinkHeader::default();
-    header.flags = NLM_F_REQUEST | NLM_F_DUMP;
+    header.flags = flags;
     let payload = NetlinkPayload::from(SockDiagMessage::InetRequest(request));
     let mut message = NetlinkMessage::new(header, payload);
     message.finalize();
@@ -101,5 +170,74 @@ mod tests {
         let _client = std::net::TcpStream::connect(("127.0.0.1", port)).unwrap();
         assert!(are_connected(port).unwrap());
         assert_eq!(found, ["127.0.0.1", "::1"].map(|address| address.parse::<IpAddr>().unwrap()));
+    }
+
+    const TCP: u8 = libc::IPPROTO_TCP as u8;
+    const UDP: u8 = libc::IPPROTO_UDP as u8;
+
+    fn found(protocol: u8, local: SocketAddr, remote: SocketAddr) -> Option<Owner> {
+        let netlink = Netlink::open(SockProtocol::NetlinkSockDiag).unwrap();
+        let owner = owner(&netlink, protocol, local, remote).unwrap()?;
+        assert_eq!(owner.uid, Some(nix::unistd::geteuid().as_raw()));
+        Some(owner)
+    }
+
+    #[test]
+    fn a_tcp_socket_is_found_by_both_its_ends() {
+        for address in ["127.0.0.1:0", "[::1]:0"] {
+            let listener = std::net::TcpListener::bind(address).unwrap();
+            let server = listener.local_addr().unwrap();
+            let connected = std::net::TcpStream::connect(server).unwrap();
+            let client = connected.local_addr().unwrap();
+            let (_accepted, _) = listener.accept().unwrap();
+            let own = found(TCP, client, server).unwrap();
+            assert_eq!(found(TCP, server, client), Some(own));
+            // The listener is no connection.
+            let elsewhere = SocketAddr::new(server.ip(), 1);
+            assert_eq!((found(TCP, client, elsewhere), found(TCP, server, elsewhere)), (None, None));
+        }
+    }
+
+    #[test]
+    fn a_mapped_socket_is_found_as_one_of_ipv4() {
+        let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+        let server = listener.local_addr().unwrap();
+        let client = std::net::TcpStream::connect(("::ffff:127.0.0.1", server.port())).unwrap();
+        let local = client.local_addr().unwrap();
+        assert!(local.is_ipv6());
+        assert!(found(TCP, SocketAddr::new(local.ip().to_canonical(), local.port()), server).is_some());
+    }
+
+    #[test]
+    fn a_udp_socket_is_found_connected_or_not() {
+        let remote = SocketAddr::from(([127, 0, 0, 1], 53));
+        for address in ["127.0.0.1:0", "0.0.0.0:0", "[::]:0"] {
+            let socket = std::net::UdpSocket::bind(address).unwrap();
+            let local = SocketAddr::from(([127, 0, 0, 1], socket.local_addr().unwrap().port()));
+            assert!(found(UDP, local, remote).is_some(), "{address}");
+        }
+        let socket = std::net::UdpSocket::bind("[::1]:0").unwrap();
+        socket.connect("[::1]:53").unwrap();
+        let local = socket.local_addr().unwrap();
+        assert!(found(UDP, local, "[::1]:53".parse().unwrap()).is_some());
+        assert_eq!(found(UDP, local, "[::1]:54".parse().unwrap()), None);
+    }
+
+    #[test]
+    fn broken_answers_are_nobodys() {
+        let (local, remote) = ("127.0.0.1:43210".parse().unwrap(), "127.0.0.1:80".parse().unwrap());
+        let mut good = vec![0; MESSAGE];
+        good[FAMILY] = libc::AF_INET as u8;
+        good[PORT..PORT + 4].copy_from_slice(&[0xa8, 0xca, 0, 80]);
+        assert_eq!(owner_of(&good, TCP, local, remote), None);
+        good[UID..MESSAGE].copy_from_slice(&[1000_u32.to_ne_bytes(), 7_u32.to_ne_bytes()].concat());
+        assert_eq!(owner_of(&good, TCP, local, remote), Some(Owner { uid: Some(1000), cgroup: 0 }));
+        good.extend(crate::netlink::attribute(CGROUP_ID, &9_u64.to_ne_bytes()));
+        assert_eq!(owner_of(&good, TCP, local, remote), Some(Owner { uid: Some(1000), cgroup: 9 }));
+        good[INODE..MESSAGE].fill(0);
+        assert_eq!(owner_of(&good, TCP, local, remote), Some(Owner { uid: None, cgroup: 9 }));
+        for end in 0..good.len() {
+            assert_eq!(owner_of(&good[..end], TCP, local, remote), None, "{end}");
+        }
     }
 }

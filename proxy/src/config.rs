@@ -83,6 +83,7 @@ fn read(file: &Path) -> io::Result<String> {
 struct RawConfig {
     listen: RawListen,
     admin: Option<Spanned<SocketAddr>>,
+    origins: Option<Spanned<PathBuf>>,
     drain_timeout: Option<Span>,
     virtual_hosts: Vec<RawVirtualHost>,
     clusters: Vec<RawCluster>,
@@ -169,8 +170,16 @@ impl RawConfig {
                 return fault(&name, message);
             }
         }
+        let origins = match self.origins {
+            Some(path) if !path.value.is_absolute() => {
+                let message = format!("`{}` is not an absolute path", path.value.display());
+                return fault(&path, message);
+            }
+            Some(path) => path.value,
+            None => PathBuf::from("/run/mesh-redirect/origins.sock"),
+        };
         let drain_timeout = self.drain_timeout.map_or(Duration::from_secs(10), |span| span.0);
-        Ok(Config { listen, admin, drain_timeout, virtual_hosts, clusters })
+        Ok(Config { listen, admin, origins, drain_timeout, virtual_hosts, clusters })
     }
 }
 

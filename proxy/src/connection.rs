@@ -21,6 +21,8 @@ use tokio::{
 const CLIENT_FIRST: Duration = Duration::from_millis(10);
 /// How long a client that began something like HTTP gets for its head. A tunnel loses nothing, so this can be short.
 const HEAD_TIMEOUT: Duration = Duration::from_secs(2);
+/// Whose a connection is that nobody tells of.
+const UNKNOWN_SERVICE: &str = "unknown";
 /// Longest head that is looked at.
 const MAX_HEAD: usize = 64 << 10;
 
@@ -33,10 +35,9 @@ pub(crate) async fn serve(context: &Context, stream: TcpStream) -> io::Result<()
         tunnel::reset(&stream);
     })?;
     context.metrics.connection(if origin.is_some() { "steered" } else { "direct" });
-    let service = context.metrics.service(origin.as_ref().map_or("direct", |origin| origin.service.as_str()));
-    let recorder = Recorder::new(context.metrics.clone(), service);
+    let recorder = |service: &str| Recorder::new(context.metrics.clone(), context.metrics.service(service));
     let Some(origin) = origin else {
-        http::serve(context, recorder, None, Rewind::new(Bytes::new(), stream)).await;
+        http::serve(context, recorder("direct"), None, Rewind::new(Bytes::new(), stream)).await;
         return Ok(());
     };
     if context.is_own(origin.destination) {
@@ -44,7 +45,19 @@ pub(crate) async fn serve(context: &Context, stream: TcpStream) -> io::Result<()
         tunnel::reset(&stream);
         return Ok(());
     }
+    let service = service(context, &origin, &stream).await;
+    let recorder = recorder(service.as_deref().unwrap_or(UNKNOWN_SERVICE));
     relay_or_route(context, recorder, &Target::Origin(&origin), stream).await
+}
+
+/// As the kernel tells, or else the agent.
+async fn service(context: &Context, origin: &Origin, stream: &TcpStream) -> Option<String> {
+    if origin.service.is_some() {
+        return origin.service.clone();
+    }
+    // A client that is gone already is nobody's any more.
+    let (client, proxy) = (stream.peer_addr().ok()?, stream.local_addr().ok()?);
+    context.origins.tcp(client, proxy).await
 }
 
 /// Serves a connection to a name's own address until it ends.

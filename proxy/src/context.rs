@@ -1,6 +1,6 @@
 //! What all connections of a worker share.
 
-use crate::{names::Name, observe::Metrics, pool::Pool, snapshot::Current};
+use crate::{names::Name, observe::Metrics, origins::Origins, pool::Pool, snapshot::Current};
 use std::{net::SocketAddr, sync::Arc};
 use tokio::sync::watch;
 
@@ -10,6 +10,7 @@ pub(crate) struct Context {
     pub(crate) snapshot: Arc<Current>,
     pub(crate) metrics: Metrics,
     pub(crate) pool: Pool,
+    pub(crate) origins: Origins,
     /// Names that are listened on by themselves.
     pub(crate) names: Arc<[Name]>,
     /// Becomes true when this process is to end.

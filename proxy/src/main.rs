@@ -13,6 +13,7 @@ mod model;
 mod names;
 mod observe;
 mod origin;
+mod origins;
 mod pool;
 mod process;
 mod rewind;

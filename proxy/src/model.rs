@@ -1,6 +1,6 @@
 //! What every way of configuring decodes to. Words and ideas are those of xDS v3.
 
-use std::{net::SocketAddr, time::Duration};
+use std::{net::SocketAddr, path::PathBuf, time::Duration};
 
 /// A validated configuration.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -8,6 +8,8 @@ pub(crate) struct Config {
     pub(crate) listen: Listen,
     /// Where metrics and readiness are served.
     pub(crate) admin: SocketAddr,
+    /// The socket at which the agent tells what the kernel does not.
+    pub(crate) origins: PathBuf,
     /// How long open requests and tunnels get after SIGTERM.
     pub(crate) drain_timeout: Duration,
     pub(crate) virtual_hosts: Vec<VirtualHost>,

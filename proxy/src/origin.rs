@@ -12,16 +12,13 @@ const SOL_MESH_REDIRECT: libc::c_int = 0x4d52;
 const OPTION_ORIGIN: libc::c_int = 1;
 const OPTION_HEARTBEAT: libc::c_int = 2;
 
-/// Name of a caller that the kernel does not tell, as with nftables.
-pub(crate) const UNKNOWN_SERVICE: &str = "unknown";
-
 /// A steered connection.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct Origin {
     /// Where it was going.
     pub(crate) destination: SocketAddr,
-    /// The service that made it.
-    pub(crate) service: String,
+    /// The service that made it, where the kernel tells; with nftables it does not.
+    pub(crate) service: Option<String>,
 }
 
 /// The origin of an accepted connection; none for one that was made to this proxy on purpose.
@@ -39,9 +36,7 @@ pub(crate) fn of(
     let socket = SockRef::from(socket);
     let original = if local.is_ipv4() { socket.original_dst_v4() } else { socket.original_dst_v6() };
     match original.map(|address| address.as_socket()) {
-        Ok(Some(destination)) if destination != local => {
-            Ok(Some(Origin { destination, service: UNKNOWN_SERVICE.to_owned() }))
-        }
+        Ok(Some(destination)) if destination != local => Ok(Some(Origin { destination, service: None })),
         Ok(_) => Ok(None),
         Err(error) if is_absent(&error) => Ok(None),
         Err(error) => Err(error),
@@ -75,8 +70,7 @@ fn parse(whole: &[u8; WHOLE_LEN]) -> io::Result<Origin> {
         _ => return Err(io::Error::other(format!("an origin of version {version} and family {family}"))),
     };
     let name = whole[40..].split(|&byte| byte == 0).next().unwrap_or_default();
-    let service =
-        if name.is_empty() { UNKNOWN_SERVICE.into() } else { String::from_utf8_lossy(name).into_owned() };
+    let service = (!name.is_empty()).then(|| String::from_utf8_lossy(name).into_owned());
     Ok(Origin { destination: SocketAddr::new(ip, port), service })
 }
 
@@ -107,16 +101,20 @@ mod tests {
     #[test]
     fn origins_of_both_families_are_read() {
         let origin = parse(&whole(1, 2, &[10, 0, 0, 7], "shop")).unwrap();
-        assert_eq!(origin, Origin { destination: "10.0.0.7:8080".parse().unwrap(), service: "shop".into() });
+        assert_eq!(
+            origin,
+            Origin { destination: "10.0.0.7:8080".parse().unwrap(), service: Some("shop".into()) }
+        );
         let address = "fd00::7".parse::<Ipv6Addr>().unwrap().octets();
         let origin = parse(&whole(1, 10, &address, "")).unwrap();
         assert_eq!(origin.destination, "[fd00::7]:8080".parse().unwrap());
-        assert_eq!(origin.service, UNKNOWN_SERVICE);
+        assert_eq!(origin.service, None);
     }
 
     #[test]
     fn a_name_that_fills_its_field_ends_with_it() {
-        assert_eq!(parse(&whole(1, 2, &[1, 1, 1, 1], &"x".repeat(64))).unwrap().service.len(), 64);
+        let origin = parse(&whole(1, 2, &[1, 1, 1, 1], &"x".repeat(64))).unwrap();
+        assert_eq!(origin.service, Some("x".repeat(64)));
     }
 
     #[test]

@@ -7,6 +7,7 @@ use crate::{
     model::Config,
     names::{self, Name},
     observe::Metrics,
+    origins::Origins,
     pool::Pool,
     snapshot::{Current, Snapshot},
     worker,
@@ -71,10 +72,11 @@ fn start_workers(
         let (ask, questions) = unbounded_channel();
         asked.push(ask);
         let (snapshot, metrics, drain) = (Arc::clone(snapshot), metrics.clone(), draining.clone());
-        let names = Arc::clone(names);
+        let (names, origins) = (Arc::clone(names), config.origins.clone());
         let listening = listening.clone();
         let work = move || {
-            let context = Context { snapshot, metrics, pool: Pool::default(), names, drain, own_ports };
+            let (pool, origins) = (Pool::default(), Origins::at(origins));
+            let context = Context { snapshot, metrics, pool, origins, names, drain, own_ports };
             // The receiver waits for all workers; if it is gone, so is this process.
             worker::run(context, port, questions, drain_timeout, |result| _ = listening.send(result));
         };

@@ -12,6 +12,7 @@ fn nothing_written_means_the_defaults() {
     assert_eq!((config.listen.port, config.admin.to_string().as_str()), (15001, "127.0.0.1:15000"));
     assert!((1..=MAX_DEFAULT_WORKERS).contains(&config.listen.workers));
     assert_eq!(config.drain_timeout, Duration::from_secs(10));
+    assert_eq!(config.origins, Path::new("/run/mesh-redirect/origins.sock"));
 }
 
 #[test]
@@ -40,6 +41,7 @@ fn every_fault_is_named_with_its_place_and_what_was_expected() {
         ("listen: { workers: 0 }\n".to_owned(), "1:20", "expected 1 to 1024"),
         ("admin: localhost\n".to_owned(), "1:8", "address"),
         ("admin: 127.0.0.1:15001\n".to_owned(), "1:8", "expected another one"),
+        ("origins: origins.sock\n".to_owned(), "1:10", "not an absolute path"),
         ("drain_timeout: soon\n".to_owned(), "1:16", "expected one as 500ms"),
         ("clusters: [{ name: c, endpoints: [] }]\n".to_owned(), "1:34", "expected at least one"),
         ("clusters: [{ name: c, endpoints: [localhost] }]\n".to_owned(), "1:35", "address"),

@@ -5,7 +5,7 @@ use super::{
     message::Present,
     ruleset::{OUTPUT, TABLE},
 };
-use crate::netlink::{Attributes, HEADER, Messages, Netlink, attributes};
+use crate::netlink::{self, Attributes, HEADER, Messages, Netlink, attribute, attributes};
 use nftnl::Batch;
 use nix::sys::socket::SockProtocol;
 use std::collections::{BTreeMap, BTreeSet};
@@ -123,7 +123,7 @@ impl Kernel {
         filter: &[(u16, &str)],
     ) -> Result<Vec<Attributes>, Error> {
         let kind = NFNL_SUBSYS_NFTABLES << 8 | message as u16;
-        let flags = (libc::NLM_F_REQUEST | libc::NLM_F_DUMP) as u16;
+        let flags = libc::NLM_F_REQUEST | libc::NLM_F_DUMP;
         self.netlink.send(&request(kind, flags, family, filter)).map_err(Error::Socket)?;
         let mut found = Vec::new();
         while let Some(answer) = self.netlink.answer().map_err(Error::Socket)? {
@@ -143,18 +143,12 @@ impl Kernel {
     }
 }
 
-fn request(kind: u16, flags: u16, family: u8, filter: &[(u16, &str)]) -> Vec<u8> {
+fn request(kind: u16, flags: libc::c_int, family: u8, filter: &[(u16, &str)]) -> Vec<u8> {
     let mut body = vec![family, 0, 0, 0];
-    for (attribute, text) in filter {
-        let len = 4 + text.len() as u16 + 1;
-        body.extend(len.to_ne_bytes().into_iter().chain(attribute.to_ne_bytes()));
-        body.extend(text.bytes().chain([0]));
-        body.resize(body.len().next_multiple_of(4), 0);
+    for (kind, text) in filter {
+        body.extend(attribute(*kind, &[text.as_bytes(), &[0]].concat()));
     }
-    let mut message = ((HEADER + body.len()) as u32).to_ne_bytes().to_vec();
-    message.extend(kind.to_ne_bytes().into_iter().chain(flags.to_ne_bytes()).chain([0; 8]));
-    message.extend(body);
-    message
+    netlink::message(kind, flags, &body)
 }
 
 /// What the message did that is acknowledged.
