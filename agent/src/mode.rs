@@ -35,7 +35,7 @@ pub(crate) const CAPABILITIES: [(&str, [&str; ALL.len()]); 12] = [
     ),
     ("a unit restarts: steered from its first connection", ["yes", "while the daemon runs", "yes"]),
     ("the application sees the peer it asked for", ["yes", "yes", "a loopback address"]),
-    ("the proxy knows the service of a connection", ["yes", "no", "no"]),
+    ("the proxy knows the service of a connection", ["yes", "yes", "no"]),
     ("connections are counted", ["yes", "yes", "by the proxy alone"]),
     ("other network namespaces than the daemon's", ["yes", "no", "no"]),
     ("UDP", ["no", "no", "no"]),

@@ -19,7 +19,7 @@ use std::{
     io,
     net::SocketAddr,
     path::Path,
-    time::{Duration, Instant},
+    time::Instant,
 };
 use tokio::sync::watch;
 
@@ -61,31 +61,43 @@ impl Snapshot {
     }
 
     fn of_user(&self, uid: u32) -> Option<&str> {
-        let service = self.services.iter().find(|service| service.users.contains(&uid))?;
+        let service = self.services.iter().rfind(|service| service.users.contains(&uid))?;
         Some(&service.name)
     }
 
     /// The services of all cgroups that there are.
     fn walk(&self) -> HashMap<u64, String> {
-        let of_service = |service: &Service| {
-            let trees = service.cgroups.iter().map(|cgroup| (depth(cgroup), cgroup.ids()));
-            trees.map(|(depth, ids)| (depth, service.name.clone(), ids)).collect::<Vec<_>>()
-        };
-        innermost(self.services.iter().flat_map(of_service).collect())
+        innermost(self.services.iter().flat_map(Service::trees).collect())
     }
 }
 
-fn depth(cgroup: &Cgroup) -> usize {
-    cgroup.dir.components().count()
+impl Service {
+    fn trees(&self) -> impl Iterator<Item = Tree> {
+        let depth = |cgroup: &Cgroup| cgroup.dir.components().count();
+        self.cgroups.iter().map(move |cgroup| Tree {
+            depth: depth(cgroup),
+            service: self.name.clone(),
+            ids: cgroup.ids(),
+        })
+    }
 }
 
-/// From the depths of services' cgroups, with the ids of all that is below them: each id's innermost service.
-fn innermost(mut trees: Vec<(usize, String, BTreeSet<u64>)>) -> HashMap<u64, String> {
-    trees.sort_by_key(|(depth, ..)| *depth);
-    let of_tree = |(_, name, ids): (usize, String, BTreeSet<u64>)| {
-        ids.into_iter().map(move |id| (id, name.clone())).collect::<Vec<_>>()
-    };
-    trees.into_iter().flat_map(of_tree).collect()
+/// A service's cgroup, with all that is below it.
+#[derive(Clone, Debug)]
+struct Tree {
+    depth: usize,
+    service: String,
+    ids: BTreeSet<u64>,
+}
+
+/// Each cgroup's innermost service.
+fn innermost(mut trees: Vec<Tree>) -> HashMap<u64, String> {
+    trees.sort_by_key(|tree| tree.depth);
+    let mut services = HashMap::new();
+    for Tree { service, ids, .. } in trees {
+        services.extend(ids.into_iter().map(|id| (id, service.clone())));
+    }
+    services
 }
 
 /// A connection, as it is seen from the proxy.
@@ -233,23 +245,27 @@ impl Directory {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use std::{fs, path::PathBuf};
+    use std::{fs, path::PathBuf, time::Duration};
 
     #[test]
     fn a_cgroup_is_its_innermost_services() {
-        let tree = |depth, name: &str, ids: &[u64]| (depth, name.to_owned(), ids.iter().copied().collect());
-        let cases: [(&str, Vec<(usize, String, BTreeSet<u64>)>, &[(u64, &str)]); 4] = [
-            ("nothing is enabled", vec![], &[]),
-            ("one and what is below it", vec![tree(2, "shop", &[10, 11])], &[(10, "shop"), (11, "shop")]),
+        let tree = |depth, service: &str, ids: &[u64]| Tree {
+            depth,
+            service: service.to_owned(),
+            ids: ids.iter().copied().collect(),
+        };
+        let cases = [
+            ("nothing is enabled", vec![], vec![]),
+            ("one and what is below it", vec![tree(2, "shop", &[10, 11])], vec![(10, "shop"), (11, "shop")]),
             (
                 "one in another, whichever comes first",
                 vec![tree(3, "cart", &[11, 12]), tree(2, "shop", &[10, 11, 12, 13])],
-                &[(10, "shop"), (11, "cart"), (12, "cart"), (13, "shop")],
+                vec![(10, "shop"), (11, "cart"), (12, "cart"), (13, "shop")],
             ),
             (
                 "three deep",
                 vec![tree(1, "all", &[1, 10, 11]), tree(3, "cart", &[11]), tree(2, "shop", &[10, 11])],
-                &[(1, "all"), (10, "shop"), (11, "cart")],
+                vec![(1, "all"), (10, "shop"), (11, "cart")],
             ),
         ];
         for (what, trees, expected) in cases {

@@ -150,14 +150,14 @@ mod tests {
     const GOOD: &str = r#"{"destination": "10.0.0.7:80", "service": "shop", "uid": 0, "cgroup": 9}"#;
 
     /// Answers each connection's requests with these, in order, and then says nothing.
-    fn with_agent(answers: &'static [&'static [String]], test: impl AsyncFnOnce(&Origins)) {
+    fn with_agent(answers: Vec<Vec<String>>, test: impl AsyncFnOnce(&Origins)) {
         let folder = tempfile::tempdir().unwrap();
         let socket = folder.path().join("origins.sock");
         let listener = UnixListener::bind(&socket).unwrap();
         let agent = thread::spawn(move || {
             for answers in answers {
                 let (mut stream, _) = listener.accept().unwrap();
-                for answer in *answers {
+                for answer in answers {
                     let mut request = [0; 1024];
                     let len = stream.read(&mut request).unwrap();
                     let expected =
@@ -182,15 +182,10 @@ mod tests {
         format!("HTTP/1.1 {status}\r\ncontent-length: {}\r\n\r\n{body}", body.len())
     }
 
-    fn leaked(connections: &[&[String]]) -> &'static [&'static [String]] {
-        let connections = connections.iter().map(|answers| &*answers.to_vec().leak());
-        connections.collect::<Vec<_>>().leak()
-    }
-
     #[test]
     fn questions_share_a_connection_and_no_such_connection_is_no_failure() {
-        let answers = [response("404 Not Found", r#"{"error": "none"}"#), response("200 OK", GOOD)];
-        with_agent(leaked(&[&answers]), async |origins| {
+        let answers = vec![response("404 Not Found", r#"{"error": "none"}"#), response("200 OK", GOOD)];
+        with_agent(vec![answers], async |origins| {
             assert_eq!(origins.tcp(CLIENT, CLIENT).await, None);
             assert_eq!(origins.tcp(CLIENT, CLIENT).await.as_deref(), Some("shop"));
         });
@@ -228,7 +223,7 @@ mod tests {
             "nonsense\r\n\r\n".to_owned(),
         ];
         for failure in failures {
-            with_agent(leaked(&[&[failure.clone()], &[response("200 OK", GOOD)]]), async |origins| {
+            with_agent(vec![vec![failure.clone()], vec![response("200 OK", GOOD)]], async |origins| {
                 assert_eq!(origins.tcp(CLIENT, CLIENT).await, None, "{failure}");
                 assert_eq!(origins.tcp(CLIENT, CLIENT).await, None, "{failure}");
                 origins.paused_until.set(None);
@@ -241,7 +236,7 @@ mod tests {
     #[test]
     fn an_agent_that_is_silent_or_absent_delays_nothing_for_long() {
         let began = Instant::now();
-        with_agent(leaked(&[&[]]), async |origins| {
+        with_agent(vec![vec![]], async |origins| {
             assert_eq!(origins.tcp(CLIENT, CLIENT).await, None);
             assert_eq!(origins.tcp(CLIENT, CLIENT).await, None);
         });

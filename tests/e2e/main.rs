@@ -59,6 +59,7 @@ mod hosts;
 mod listener;
 mod liveness;
 mod nftables;
+mod origins;
 mod scope;
 mod systemd;
 mod tunnel;

@@ -95,9 +95,13 @@ fn a_host_that_refuses_bpf_gets_a_table(sandbox: &Sandbox) {
 
     shop.run("mesh-redirect enable shop");
     shop.is_steered();
+    let of_shop = || Metrics::of(sandbox).sum("mesh_proxy_requests_total", &[r#"service="shop""#]);
+    assert!(of_shop() > 0.0, "the proxy, which is nobody in particular, may ask whose connections are");
     shop.is_steered_throughout("systemctl restart shop");
     shop.is_steered_throughout("systemctl restart mesh-redirect");
+    let before = of_shop();
     shop.is_steered_throughout("systemctl restart shop");
+    assert!(of_shop() > before, "a daemon that was restarted tells it too");
     shop.run("mesh-redirect disable shop");
     shop.connects_directly();
     eventually("nothing is left in the kernel", SOON, || Footprint::of(sandbox).is_empty());

@@ -164,6 +164,16 @@ services:
         self.process.log()
     }
 
+    /// Stops it as a debugger would.
+    pub fn freeze(&self) {
+        self.process.signal(Signal::SIGSTOP);
+    }
+
+    /// Lets it run on.
+    pub fn thaw(&self) {
+        self.process.signal(Signal::SIGCONT);
+    }
+
     /// Kills the daemon, which gets no chance to tidy up.
     pub fn sigkill(mut self) {
         self.process.signal(Signal::SIGKILL);

@@ -51,7 +51,9 @@ impl<'s> Proxy<'s> {
             let from = host::binary("mesh-proxy");
             host::tool("cp", &[&from.to_string_lossy(), &program.to_string_lossy()]);
         }
-        fs::write(&config, yaml).expect("write proxy.yaml");
+        // The agent of this sandbox, not the machine's.
+        let origins = format!("origins: {}\n", sandbox.path("run/origins.sock").display());
+        fs::write(&config, yaml.to_owned() + &origins).expect("write proxy.yaml");
         let process = sandbox
             .program(Place::Proxy, "setpriv")
             .args(["--reuid", "65534", "--regid", "65534", "--clear-groups", "--"])

@@ -131,6 +131,45 @@ pub(crate) fn datagram(address: SocketAddr) -> anyhow::Result<()> {
     Ok(())
 }
 
+/// Stays connected.
+pub(crate) fn hold_connection(address: SocketAddr) -> anyhow::Result<()> {
+    let stream = TcpStream::connect(address)?;
+    for _ in io::stdin().lines() {
+        println!("{}", stream.local_addr()?.port());
+    }
+    Ok(())
+}
+
+/// What resolvers do too: a datagram to whom it may concern, over a socket that is not connected.
+pub(crate) fn hold_datagrams(address: SocketAddr) -> anyhow::Result<()> {
+    let any = if address.is_ipv4() { "0.0.0.0:0" } else { "[::]:0" };
+    let socket = UdpSocket::bind(any)?;
+    for _ in io::stdin().lines() {
+        socket.send_to(b"echo", address)?;
+        println!("{}", socket.local_addr()?.port());
+    }
+    Ok(())
+}
+
+/// Connects twice from one port, which only the destinations tell apart.
+pub(crate) fn twins(addresses: [SocketAddr; 2]) -> anyhow::Result<()> {
+    let mut local = SocketAddr::from(([0, 0, 0, 0], 0));
+    let mut streams: Vec<TcpStream> = Vec::new();
+    for address in addresses {
+        let socket = Socket::new(Domain::IPV4, Type::STREAM, None)?;
+        socket.set_reuse_address(true)?;
+        socket.bind(&local.into())?;
+        socket.connect(&address.into())?;
+        let stream = TcpStream::from(socket);
+        local.set_port(stream.local_addr()?.port());
+        streams.push(stream);
+    }
+    for stream in streams {
+        println!("{}", http::ask(stream, "catalog", "/")?.body);
+    }
+    Ok(())
+}
+
 /// Measures `connect()` alone. A connection ends with a reset, so that no port stays in use.
 pub(crate) fn time_connects(address: SocketAddr) -> anyhow::Result<()> {
     for line in io::stdin().lines() {

@@ -18,6 +18,8 @@
 //!     peer dribble ADDRESS                                 who answers a request that comes a byte at a time
 //!     peer half-close ADDRESS BYTES                        what an echo says after the last byte
 //!     peer datagram ADDRESS                                whom a UDP socket is connected to, and what comes back
+//!     peer hold tcp|udp ADDRESS                            for each line that it reads, its own port
+//!     peer twins ADDRESS ADDRESS                           who answers over two connections from one port
 //!     peer throw ADDRESS                                   nothing: it sends a request and closes at once
 //!     peer hello ADDRESS                                   how a greeter greets and answers
 //!     peer time-connects ADDRESS                           for each number that it reads, as many connects' nanoseconds
@@ -62,6 +64,9 @@ fn run(args: &[&str]) -> anyhow::Result<()> {
         ["decide", addresses @ ..] => client::decide(addresses),
         ["dribble", address] => client::dribble(address.parse()?),
         ["half-close", address, bytes] => client::half_close(address.parse()?, bytes.parse()?),
+        ["hold", "tcp", address] => client::hold_connection(address.parse()?),
+        ["hold", "udp", address] => client::hold_datagrams(address.parse()?),
+        ["twins", first, second] => client::twins([first.parse()?, second.parse()?]),
         ["hello", address] => client::hello(address.parse()?),
         ["throw", address] => client::throw(address.parse()?),
         ["time-connects", address] => client::time_connects(address.parse()?),
