@@ -8,6 +8,7 @@
 //! | `POST /v1/services/NAME/commands` | [`Joined`]: the calling process is in a steered cgroup of its own now |
 //! | `POST /v1/services/NAME/processes` with [`Process`] | [`Joined`]: it and its descendants are in a steered cgroup |
 //! | `POST /v1/services/NAME/cgroups` | [`Joined`]: the cgroup of the calling process is steered as the service's now |
+//! | `POST /v1/proxy/cgroups` | [`Joined`]: the cgroup of the calling process is the proxy's now |
 //!
 //! What fails answers 4xx or 5xx with [`Refusal`].
 

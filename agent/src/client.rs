@@ -9,9 +9,12 @@ use serde::{Serialize, de::DeserializeOwned};
 use std::{
     io,
     path::{Path, PathBuf},
+    time::Duration,
 };
-use tokio::net::UnixStream;
+use tokio::{net::UnixStream, time::timeout};
 
+/// How long an answer may take. A step before a unit's start must not take as long as the start may, 90 s by default.
+const PATIENCE: Duration = Duration::from_secs(60);
 /// Bytes of an answer.
 const MAX_BODY: usize = 16 << 20;
 
@@ -56,7 +59,11 @@ fn call<T: DeserializeOwned>(
     body: Vec<u8>,
 ) -> Result<T, ClientError> {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().map_err(protocol)?;
-    runtime.block_on(exchange(&run.join("agent.sock"), method, path, body))
+    let socket = run.join("agent.sock");
+    runtime.block_on(async {
+        let exchange = timeout(PATIENCE, exchange(&socket, method, path, body)).await;
+        exchange.unwrap_or_else(|_| Err(protocol(format!("no answer within {PATIENCE:?}"))))
+    })
 }
 
 async fn exchange<T: DeserializeOwned>(

@@ -100,7 +100,7 @@ fn daemon(config: Config, file: Option<PathBuf>) -> anyhow::Result<()> {
     let mind = thread::Builder::new().name("daemon".to_owned()).spawn(move || daemon.run(&received))?;
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     runtime.block_on(async {
-        let origins = origins_server(mode, &run, snapshots, Workloads::new(cgroup_root))?;
+        let origins = origins_server(mode, &run, snapshots, Workloads::new(cgroup_root));
         serve_until_told_to_stop(&run, requests.clone(), origins).await
     })?;
     let _already_stopped = requests.send(Request::Stop);
@@ -110,21 +110,25 @@ fn daemon(config: Config, file: Option<PathBuf>) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// With eBPF the kernel tells the proxy, and with a hosts file nobody knows.
+/// With eBPF the kernel tells the proxy, and with a hosts file nobody knows. Steering does not depend on it.
 fn origins_server(
     mode: Mode,
     run: &Path,
     snapshots: tokio::sync::watch::Receiver<Snapshot>,
     workloads: Workloads,
-) -> anyhow::Result<Option<OriginsServer>> {
+) -> Option<OriginsServer> {
     let path = origins::server::path(run);
     if mode != Mode::Nftables {
         // Of a daemon that was killed.
-        http::remove(&path).with_context(|| format!("remove {}", path.display()))?;
-        return Ok(None);
+        let _absent_is_fine = fs::remove_file(path);
+        return None;
     }
     let server = OriginsServer::bind(&path, snapshots, workloads);
-    server.map(Some).with_context(|| format!("serve origins at {}", path.display()))
+    server
+        .inspect_err(|error| {
+            tracing::warn!("proxies cannot be told whose connections are, at {}: {error}", path.display());
+        })
+        .ok()
 }
 
 async fn serve_until_told_to_stop(
@@ -199,9 +203,13 @@ fn attach(config: &Config, attach: &Attach) -> anyhow::Result<()> {
         return Ok(());
     }
     if state.mode() == Some(Mode::Nftables) {
-        let Some(name) = &attach.service else { return Ok(()) };
-        check_name(name).map_err(anyhow::Error::msg)?;
-        let path = format!("/v1/services/{name}/cgroups");
+        let path = match &attach.service {
+            Some(name) => {
+                check_name(name).map_err(anyhow::Error::msg)?;
+                format!("/v1/services/{name}/cgroups")
+            }
+            None => "/v1/proxy/cgroups".to_owned(),
+        };
         let _attached: api::Joined = client::post(&config.paths.run, &path, None::<&()>)?;
         return Ok(());
     }

@@ -45,6 +45,8 @@ pub(crate) enum Request {
     Attach(String, i32, Reply<api::Joined>),
     /// What the proxy can route, which has changed.
     Routable(Routable),
+    /// The same as the proxy's.
+    AttachProxy(i32, Reply<api::Joined>),
     /// Whether the proxy is ready for IPv4 and for IPv6.
     Proxy([bool; 2]),
     Stop,
@@ -159,6 +161,7 @@ impl Daemon {
                 Ok(Request::Adopt(name, pid, reply)) => answer(reply, self.adopt(&name, pid)),
                 Ok(Request::Attach(name, pid, reply)) => answer(reply, self.attach(&name, pid)),
                 Ok(Request::Routable(routable)) => self.hear_of_routable(routable),
+                Ok(Request::AttachProxy(pid, reply)) => answer(reply, self.attach_proxy(pid)),
                 Ok(Request::Proxy(ready)) => self.hear_of_proxy(ready),
                 Ok(Request::Stop) | Err(RecvTimeoutError::Disconnected) => return,
                 Err(RecvTimeoutError::Timeout) => {}
@@ -312,17 +315,29 @@ impl Daemon {
         if !self.state.is_enabled(name) {
             return Err(Error::NotEnabled(name.to_owned()));
         }
+        let cgroup = self.learn(Workloads::scope(&self.config, name), pid)?;
+        self.apply(&self.state.clone())?;
+        Ok(api::Joined { cgroup, notes: self.proxy_notes() })
+    }
+
+    fn attach_proxy(&mut self, pid: i32) -> Result<api::Joined, Error> {
+        let cgroup = self.learn(self.config.proxy.scope.clone(), pid)?;
+        self.apply(&self.state.clone())?;
+        Ok(api::Joined { cgroup, notes: vec![] })
+    }
+
+    /// Takes note of where a process that is in a scope is, and says where.
+    fn learn(&mut self, scope: Scope, pid: i32) -> Result<String, Error> {
         let cgroup = self.workloads.cgroup_of(pid).map_err(|cause| Error::Io {
             action: "find the cgroup of the process",
             path: format!("/proc/{pid}/cgroup").into(),
             cause,
         })?;
-        let shown = self.workloads.path_of(&cgroup);
-        if let Scope::Unit(unit) = Workloads::scope(&self.config, name) {
-            self.workloads.learn(unit, shown.clone());
+        let path = self.workloads.path_of(&cgroup);
+        if let Scope::Unit(unit) = scope {
+            self.workloads.learn(unit, path.clone());
         }
-        self.apply(&self.state.clone())?;
-        Ok(api::Joined { cgroup: shown, notes: self.proxy_notes() })
+        Ok(path)
     }
 
     fn hear_of_proxy(&mut self, ready: [bool; 2]) {

@@ -105,9 +105,14 @@ async fn respond(
             Some(pid) => ask(requests, |reply| Request::Attach((*name).to_owned(), pid, reply)).await,
             None => refuse(StatusCode::BAD_REQUEST, "the kernel does not tell who is calling"),
         },
+        (&Method::POST, ["v1", "proxy", "cgroups"]) => match pid {
+            Some(pid) => ask(requests, |reply| Request::AttachProxy(pid, reply)).await,
+            None => refuse(StatusCode::BAD_REQUEST, "the kernel does not tell who is calling"),
+        },
         (
             _,
             ["v1", "status" | "enable" | "disable"]
+            | ["v1", "proxy", "cgroups"]
             | ["v1", "services", _, "commands" | "cgroups" | "processes"],
         ) => refuse(StatusCode::METHOD_NOT_ALLOWED, "this path does not know this method"),
         _ => refuse(StatusCode::NOT_FOUND, "no such path; see the reference of the control socket"),

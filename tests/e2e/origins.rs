@@ -24,9 +24,9 @@ scenarios![only nftables:
 scenarios![only ebpf: there_is_no_socket_where_the_kernel_tells];
 
 const SOON: Duration = Duration::from_secs(5);
-/// What a connect takes on a busy machine, and less than the proxy waits for an answer.
+/// How long the proxy waits for an answer, and what a request takes of which nothing waits, on a busy machine.
+const PATIENCE: Duration = Duration::from_millis(200);
 const AT_ONCE: Duration = Duration::from_millis(150);
-
 fn the_metrics_name_the_service(sandbox: &Sandbox) {
     let mesh = Mesh::enabled(sandbox, "");
     mesh.agent.enable("stock");
@@ -71,14 +71,12 @@ fn without_a_daemon_the_service_is_unknown_and_nothing_waits(sandbox: &Sandbox) 
     let mesh = Mesh::enabled(sandbox, "");
     ask(sandbox, Place::Shop, &origin()).ok();
     mesh.agent.sigkill();
-    for _ in 0..4 {
-        let began = Instant::now();
-        assert!(["a", "b"].contains(&ask(sandbox, Place::Shop, &origin()).ok()));
-        assert!(began.elapsed() < AT_ONCE, "{:?}", began.elapsed());
-    }
+    let began = Instant::now();
+    answers(sandbox).are_balanced();
+    assert!(began.elapsed() < AT_ONCE * 6, "{:?}", began.elapsed());
     let metrics = mesh.proxy.metrics();
     let requests = |service: &str| metrics.sum("mesh_proxy_requests_total", &[&label(service)]);
-    assert_eq!((requests("shop"), requests("unknown")), (1.0, 4.0), "{}", metrics.text());
+    assert_eq!((requests("shop"), requests("unknown")), (1.0, 6.0), "{}", metrics.text());
 
     let _agent = Agent::restart(sandbox);
     eventually("the service is known again", SOON, || {
@@ -93,8 +91,8 @@ fn a_daemon_that_hangs_delays_little(sandbox: &Sandbox) {
     mesh.agent.freeze();
     let began = Instant::now();
     answers(sandbox).are_balanced();
-    // Once for each worker of the proxy, and never again for a second.
-    assert!(began.elapsed() < Duration::from_millis(2 * 200 + 600), "{:?}", began.elapsed());
+    // Once for each worker of the proxy, and then not for a second.
+    assert!(began.elapsed() < 2 * PATIENCE + AT_ONCE * 6, "{:?}", began.elapsed());
     mesh.agent.thaw();
     assert_eq!(requests(&mesh, "unknown"), 6.0);
 }
