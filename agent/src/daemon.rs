@@ -43,10 +43,10 @@ pub(crate) enum Request {
     Adopt(String, u32, Reply<api::Joined>),
     /// Steer the cgroup that a process is in as a service's: the unit is about to start there.
     Attach(String, i32, Reply<api::Joined>),
-    /// What the proxy can route, which has changed.
-    Routable(Routable),
     /// The same as the proxy's.
     AttachProxy(i32, Reply<api::Joined>),
+    /// What the proxy can route, which has changed.
+    Routable(Routable),
     /// Whether the proxy is ready for IPv4 and for IPv6.
     Proxy([bool; 2]),
     Stop,

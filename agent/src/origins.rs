@@ -167,7 +167,8 @@ impl Finder {
         if let (None, To::Destination(_)) = (owner, question.to) {
             return Ok(None);
         }
-        let (uid, cgroup) = owner.map_or((None, None), |Owner { uid, cgroup }| (uid, Some(cgroup)));
+        let uid = owner.and_then(|Owner { uid, .. }| uid);
+        let cgroup = owner.map(|Owner { cgroup, .. }| cgroup).filter(|&id| id != 0);
         Ok(Some(Origin { destination, service: self.service(uid, cgroup), uid, cgroup }))
     }
 
