@@ -1,11 +1,10 @@
-//! What the proxy says at its admin address: whether it is ready (`GET /ready`, as Envoy has it too), which names it
-//! listens for (`GET /names`), and what it can route (`GET /routable`).
+//! What the proxy says at its admin address: whether it is ready (`GET /ready`, as Envoy has it too), and what it routes
+//! (`GET /routable`).
 
-use crate::routable::Routable;
-use serde::Deserialize;
+use crate::routable::{Name, Routable};
 use std::{
     io::{self, Read as _, Write as _},
-    net::{Ipv4Addr, SocketAddr, TcpStream},
+    net::{SocketAddr, TcpStream},
     time::Duration,
 };
 
@@ -41,34 +40,10 @@ fn tag(head: &str) -> String {
     tag.unwrap_or_default()
 }
 
-/// A name that the proxy routes, and listens for at an address of its own.
-#[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
-pub(crate) struct Name {
-    pub(crate) name: String,
-    pub(crate) address: Ipv4Addr,
-    pub(crate) ports: Vec<u16>,
-}
-
-/// Asks for its names.
+/// Asks for the names that it listens for.
 pub(crate) fn names(admin: SocketAddr) -> io::Result<Vec<Name>> {
-    let names: Vec<Name> = serde_json::from_slice(&get(admin, "/names", "")?.body)?;
-    match names.iter().find(|name| !name.is_sound()) {
-        Some(name) => Err(io::Error::other(format!(
-            "`{}` at {} is no name for a hosts file",
-            name.name.escape_debug(),
-            name.address
-        ))),
-        None => Ok(names),
-    }
-}
-
-impl Name {
-    /// What may stand in a file that root wrote and everybody trusts.
-    fn is_sound(&self) -> bool {
-        let allowed = |c: char| c.is_ascii_lowercase() || c.is_ascii_digit() || "-._".contains(c);
-        let name = !self.name.is_empty() && self.name.len() <= 253 && self.name.chars().all(allowed);
-        name && self.name != "localhost" && self.address.octets()[..2] == [127, 66]
-    }
+    let said = routable(admin, None)?;
+    said.map(|(routable, _)| routable.names()).transpose().map(Option::unwrap_or_default)
 }
 
 /// A success.
@@ -121,16 +96,5 @@ mod tests {
         assert!(!answered(b"HTTP/1.1 503 Service Unavailable\r\n\r\n"));
         assert!(!answered(b"HTTP/1.1"));
         assert!(!answered(b""));
-    }
-
-    #[test]
-    fn a_name_that_could_do_harm_in_a_hosts_file_is_refused() {
-        let name =
-            |name: &str, address: [u8; 4]| Name { name: name.into(), address: address.into(), ports: vec![] };
-        assert!(name("catalog.internal", [127, 66, 1, 1]).is_sound());
-        for bad in ["", "a b", "a\nb", "a#b", "Catalog", "localhost", &"x".repeat(254)] {
-            assert!(!name(bad, [127, 66, 1, 1]).is_sound(), "{bad}");
-        }
-        assert!(!name("catalog", [10, 0, 0, 1]).is_sound() && !name("catalog", [127, 0, 0, 1]).is_sound());
     }
 }

@@ -49,6 +49,23 @@ struct Domain {
     loopback: Option<Ipv4Addr>,
 }
 
+/// A name that the proxy listens for at an address of its own.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Name {
+    pub(crate) name: String,
+    pub(crate) address: Ipv4Addr,
+    pub(crate) ports: Vec<u16>,
+}
+
+impl Name {
+    /// What may stand in a file that root wrote and everybody trusts.
+    fn is_sound(&self) -> bool {
+        let allowed = |c: char| c.is_ascii_lowercase() || c.is_ascii_digit() || "-._".contains(c);
+        let name = !self.name.is_empty() && self.name.len() <= 253 && self.name.chars().all(allowed);
+        name && self.name != "localhost" && self.address.octets()[..2] == [127, 66]
+    }
+}
+
 impl Default for Routable {
     fn default() -> Self {
         Self { version: VERSION, services: Vec::new() }
@@ -61,7 +78,9 @@ impl Routable {
         let routable: Self = serde_json::from_slice(json)?;
         match routable.version {
             VERSION => Ok(routable),
-            other => Err(io::Error::other(format!("its version is {other}; expected {VERSION}"))),
+            other => Err(io::Error::other(format!(
+                "it tells what it routes in version {other}; expected {VERSION}: agent and proxy are of different releases"
+            ))),
         }
     }
 
@@ -91,6 +110,26 @@ impl Routable {
             addresses.filter_map(endpoint).collect::<Vec<_>>()
         };
         self.services.iter().flat_map(of).collect()
+    }
+
+    /// The names that the proxy listens for; all of them have to be sound.
+    pub(crate) fn names(&self) -> io::Result<Vec<Name>> {
+        let of = |service: &Service| {
+            let name = |domain: &Domain| {
+                let (name, ports) = (domain.name.clone(), service.ports.clone());
+                Some(Name { name, address: domain.loopback?, ports })
+            };
+            service.domains.iter().filter_map(name).collect::<Vec<_>>()
+        };
+        let names: Vec<Name> = self.services.iter().flat_map(of).collect();
+        match names.iter().find(|name| !name.is_sound()) {
+            Some(name) => Err(io::Error::other(format!(
+                "`{}` at {} is no name for a hosts file",
+                name.name.escape_debug(),
+                name.address
+            ))),
+            None => Ok(names),
+        }
     }
 
     /// What was kept last; nothing where nothing was.
@@ -156,6 +195,36 @@ mod tests {
         let routable = Routable::parse(SAID.as_bytes()).unwrap();
         let expected = ("241.3.7.9".parse().unwrap(), "10.77.0.2:8080".parse().unwrap());
         assert_eq!(routable.virtual_addresses(), BTreeMap::from([expected]));
+    }
+
+    #[test]
+    fn a_name_that_could_do_harm_in_a_hosts_file_is_refused() {
+        let name =
+            |name: &str, address: [u8; 4]| Name { name: name.into(), address: address.into(), ports: vec![] };
+        assert!(name("catalog.internal", [127, 66, 1, 1]).is_sound());
+        for bad in ["", "a b", "a\nb", "a#b", "Catalog", "localhost", &"x".repeat(254)] {
+            assert!(!name(bad, [127, 66, 1, 1]).is_sound(), "{bad}");
+        }
+        assert!(!name("catalog", [10, 0, 0, 1]).is_sound() && !name("catalog", [127, 0, 0, 1]).is_sound());
+    }
+
+    #[test]
+    fn names_that_the_proxy_listens_for_are_read_and_others_left_out() {
+        let listened = |json: &str| Routable::parse(json.as_bytes()).and_then(|routable| routable.names());
+        let document = |version: u32, address: &str| {
+            format!(
+                r#"{{"version":{version},"services":[{{"name":"catalog","domains":[
+                    {{"name":"catalog","virtual":["241.3.7.9"],"loopback":"{address}"}},
+                    {{"name":"quiet","virtual":["241.3.7.10"]}}
+                ],"ports":[8080],"addresses":[],"endpoints":["10.77.0.2:8080"]}}]}}"#
+            )
+        };
+        let names = listened(&document(1, "127.66.1.2")).unwrap();
+        let catalog = Name { name: "catalog".into(), address: [127, 66, 1, 2].into(), ports: vec![8080] };
+        assert_eq!(names, [catalog]);
+        for wrong in [document(2, "127.66.1.2"), document(1, "10.0.0.1"), "[]".to_owned()] {
+            listened(&wrong).unwrap_err();
+        }
     }
 
     #[test]

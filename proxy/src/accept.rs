@@ -1,4 +1,4 @@
-//! The outbound listener: one socket for each worker and family, shared by the kernel.
+//! What is listened on. The outbound listener is one socket for each worker and family, shared by the kernel.
 
 use crate::origin;
 use socket2::{Domain, Protocol, Socket, Type};
@@ -7,7 +7,7 @@ use std::{
     net::{Ipv4Addr, Ipv6Addr, SocketAddr},
     time::Duration,
 };
-use tokio::net::{TcpListener, TcpStream};
+use tokio::net::{TcpListener, TcpStream, UdpSocket};
 
 const BACKLOG: i32 = 4096;
 /// Pause after an error such as "too many open files", which is there again at once.
@@ -95,8 +95,17 @@ pub(crate) async fn accept_named(listener: &TcpListener) -> TcpStream {
     }
 }
 
+/// A socket for datagrams. Must be bound within a runtime.
+pub(crate) fn bind_datagrams(address: SocketAddr) -> io::Result<UdpSocket> {
+    let socket = || {
+        let socket = std::net::UdpSocket::bind(address)?;
+        socket.set_nonblocking(true)?;
+        UdpSocket::from_std(socket)
+    };
+    socket().map_err(not_listening(address))
+}
+
 fn listen(address: SocketAddr) -> io::Result<TcpListener> {
-    let named = |error: io::Error| io::Error::new(error.kind(), NotListening { address, error });
     let socket = || {
         let socket =
             Socket::new(Domain::for_address(address), Type::STREAM.nonblocking(), Some(Protocol::TCP))?;
@@ -109,7 +118,11 @@ fn listen(address: SocketAddr) -> io::Result<TcpListener> {
         socket.listen(BACKLOG)?;
         TcpListener::from_std(socket.into())
     };
-    socket().map_err(named)
+    socket().map_err(not_listening(address))
+}
+
+fn not_listening(address: SocketAddr) -> impl FnOnce(io::Error) -> io::Error {
+    move |error| io::Error::new(error.kind(), NotListening { address, error })
 }
 
 /// An address that cannot be listened on.
@@ -120,7 +133,8 @@ struct NotListening {
     error: io::Error,
 }
 
-fn is_without_ipv6(error: &io::Error) -> bool {
+/// Whether an address could not be bound because this host has no IPv6.
+pub(crate) fn is_without_ipv6(error: &io::Error) -> bool {
     let inner = error.get_ref().and_then(|inner| inner.downcast_ref::<NotListening>());
     let errno = inner.and_then(|inner| inner.error.raw_os_error());
     matches!(errno, Some(libc::EAFNOSUPPORT | libc::EADDRNOTAVAIL))

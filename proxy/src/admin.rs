@@ -1,10 +1,14 @@
-//! The admin address: metrics and readiness.
+//! The admin address: metrics, readiness, and what is routed.
 
-use crate::{names::Name, observe};
+use crate::{names::Name, observe, resolve::Resolved, routable, snapshot::Current};
 use bytes::Bytes;
 use http_body_util::Full;
 use hyper::{
-    Method, Request, Response, StatusCode, body::Incoming, header, server::conn::http1, service::service_fn,
+    HeaderMap, Method, Request, Response, StatusCode,
+    body::Incoming,
+    header::{self, HeaderValue},
+    server::conn::http1,
+    service::service_fn,
 };
 use hyper_util::rt::{TokioIo, TokioTimer};
 use prometheus_client::registry::Registry;
@@ -37,7 +41,16 @@ pub(crate) struct Admin {
     registry: Registry,
     ready: AtomicBool,
     workers: Vec<Worker>,
-    names: Arc<[Name]>,
+    routable: Routable,
+}
+
+/// What is told of what is routed.
+#[derive(Debug)]
+pub(crate) struct Routable {
+    pub(crate) snapshot: Arc<Current>,
+    /// Names that are listened on by themselves.
+    pub(crate) names: Arc<[Name]>,
+    pub(crate) resolved: Arc<Resolved>,
 }
 
 /// How a worker is asked whether it serves: it answers when it has told the kernel so too.
@@ -45,8 +58,8 @@ pub(crate) type Worker = mpsc::UnboundedSender<oneshot::Sender<()>>;
 
 impl Admin {
     /// Not ready yet; `workers` are those that all have to serve.
-    pub(crate) fn new(registry: Registry, workers: Vec<Worker>, names: Arc<[Name]>) -> Self {
-        Self { registry, ready: AtomicBool::new(false), workers, names }
+    pub(crate) fn new(registry: Registry, workers: Vec<Worker>, routable: Routable) -> Self {
+        Self { registry, ready: AtomicBool::new(false), workers, routable }
     }
 
     /// Says whether new connections are welcome.
@@ -84,12 +97,27 @@ impl Admin {
                     response(StatusCode::INTERNAL_SERVER_ERROR, TEXT, "the metrics cannot be written\n")
                 }
             },
-            "/names" => match serde_json::to_vec(&self.names[..]) {
-                Ok(json) => response(StatusCode::OK, JSON, json),
-                Err(_) => response(StatusCode::INTERNAL_SERVER_ERROR, TEXT, "the names cannot be written\n"),
-            },
-            _ => response(StatusCode::NOT_FOUND, TEXT, "expected /metrics, /names or /ready\n"),
+            "/routable" => self.routable.respond(request.headers()),
+            _ => response(StatusCode::NOT_FOUND, TEXT, "expected /metrics, /ready or /routable\n"),
         }
+    }
+}
+
+impl Routable {
+    /// Unless the caller has it already.
+    fn respond(&self, headers: &HeaderMap) -> Response<Full<Bytes>> {
+        let Ok(json) = routable::document(&self.snapshot.load(), &self.names, &self.resolved.load()) else {
+            return response(StatusCode::INTERNAL_SERVER_ERROR, TEXT, "what is routed cannot be written\n");
+        };
+        let tag = routable::entity_tag(&json);
+        let mut known = headers.get_all(header::IF_NONE_MATCH).iter().filter_map(|value| value.to_str().ok());
+        let mut response = if known.any(|known| routable::is_known(known, &tag)) {
+            response(StatusCode::NOT_MODIFIED, JSON, Bytes::new())
+        } else {
+            response(StatusCode::OK, JSON, json)
+        };
+        response.headers_mut().extend(HeaderValue::try_from(tag).ok().map(|tag| (header::ETAG, tag)));
+        response
     }
 }
 
@@ -125,6 +153,6 @@ pub(crate) async fn serve(listener: TcpListener, admin: Arc<Admin>) {
 fn response(status: StatusCode, kind: &'static str, body: impl Into<Bytes>) -> Response<Full<Bytes>> {
     let mut response = Response::new(Full::new(body.into()));
     *response.status_mut() = status;
-    response.headers_mut().insert(header::CONTENT_TYPE, header::HeaderValue::from_static(kind));
+    response.headers_mut().insert(header::CONTENT_TYPE, HeaderValue::from_static(kind));
     response
 }

@@ -1,6 +1,10 @@
 //! The configuration file, strictly checked: what is wrong is named with its place and what was expected.
 
-use crate::model::{Cluster, Config, Listen, VirtualHost};
+use crate::{
+    dns,
+    model::{Cluster, Config, Listen, VirtualHost},
+    names::is_virtual,
+};
 use serde::{Deserialize, Deserializer, de};
 use serde_saphyr::{Location, Spanned};
 use std::{
@@ -17,6 +21,8 @@ use std::{
 const MAX_BYTES: u64 = 64 << 20;
 /// Ports of all names that are listened on by themselves.
 const MAX_NAMED_LISTENERS: usize = 4096;
+/// First port of DNS, so that the last one is a port too.
+const LAST_DNS_PORT: u16 = u16::MAX - (dns::PORTS - 1);
 /// Threads unless the file says otherwise: as many as there are processors, and no more than this.
 const MAX_DEFAULT_WORKERS: usize = 4;
 
@@ -84,6 +90,8 @@ struct RawConfig {
     listen: RawListen,
     admin: Option<Spanned<SocketAddr>>,
     origins: Option<Spanned<PathBuf>>,
+    dns: RawDns,
+    resolve_domains: bool,
     drain_timeout: Option<Span>,
     virtual_hosts: Vec<RawVirtualHost>,
     clusters: Vec<RawCluster>,
@@ -94,6 +102,12 @@ struct RawConfig {
 struct RawListen {
     port: Option<Spanned<u16>>,
     workers: Option<Spanned<usize>>,
+}
+
+#[derive(Debug, Default, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+struct RawDns {
+    port: Option<Spanned<u16>>,
 }
 
 #[derive(Debug, Deserialize)]
@@ -146,15 +160,16 @@ impl RawConfig {
         let listen = self.listen.validate()?;
         let admin =
             self.admin.as_ref().map_or(SocketAddr::from((Ipv4Addr::LOCALHOST, 15000)), |admin| admin.value);
-        let own = [listen.port, admin.port()];
         if let Some(written) = self.admin.as_ref().filter(|written| written.value.port() == listen.port) {
             return fault(written, format!("port {} is the listener's; expected another one", listen.port));
         }
+        let dns = self.dns.validate([listen.port, admin.port()])?;
+        let own: Vec<u16> = [listen.port, admin.port()].into_iter().chain(dns).collect();
         let mut names = BTreeSet::new();
         let mut clusters = Vec::new();
         for raw in self.clusters {
             distinct("cluster", &raw.name, &mut names)?;
-            clusters.push(raw.validate(own)?);
+            clusters.push(raw.validate(&own)?);
         }
         let (mut hosts, mut domains, mut virtual_hosts) = (BTreeSet::new(), BTreeSet::new(), Vec::new());
         for raw in self.virtual_hosts {
@@ -179,7 +194,8 @@ impl RawConfig {
             None => PathBuf::from("/run/mesh-redirect/origins.sock"),
         };
         let drain_timeout = self.drain_timeout.map_or(Duration::from_secs(10), |span| span.0);
-        Ok(Config { listen, admin, origins, drain_timeout, virtual_hosts, clusters })
+        let resolve_domains = self.resolve_domains;
+        Ok(Config { listen, admin, origins, dns, resolve_domains, drain_timeout, virtual_hosts, clusters })
     }
 }
 
@@ -201,8 +217,24 @@ impl RawListen {
     }
 }
 
+impl RawDns {
+    fn validate(self, taken: [u16; 2]) -> Result<Option<u16>, Fault> {
+        match self.port {
+            Some(port) if !(1..=LAST_DNS_PORT).contains(&port.value) => fault(
+                &port,
+                format!("{} is not the first of sixteen ports; expected 1 to {LAST_DNS_PORT}", port.value),
+            ),
+            Some(port) if taken.contains(&port.value) => fault(
+                &port,
+                format!("port {} is the listener's or the admin address's; expected another one", port.value),
+            ),
+            port => Ok(port.map(|port| port.value)),
+        }
+    }
+}
+
 impl RawCluster {
-    fn validate(self, own_ports: [u16; 2]) -> Result<Cluster, Fault> {
+    fn validate(self, own_ports: &[u16]) -> Result<Cluster, Fault> {
         if self.endpoints.value.is_empty() {
             return fault(
                 &self.endpoints,
@@ -222,6 +254,12 @@ impl RawCluster {
                 return fault(
                     &endpoint,
                     format!("`{address}` is this proxy itself; expected another server"),
+                );
+            }
+            if is_virtual(address.ip()) {
+                return fault(
+                    &endpoint,
+                    format!("`{address}` is in a block of virtual addresses; expected a server's address"),
                 );
             }
             if endpoints.contains(&address) {
@@ -257,7 +295,7 @@ impl RawVirtualHost {
         }
         let mut domains = Vec::new();
         for domain in self.domains.value {
-            let name = domain.value.to_ascii_lowercase();
+            let name = domain.value.strip_suffix('.').unwrap_or(&domain.value).to_ascii_lowercase();
             let allowed = |c: char| c.is_ascii_alphanumeric() || "-._".contains(c);
             if name.is_empty() || name.len() > 253 || !name.chars().all(allowed) {
                 return fault(
@@ -280,7 +318,12 @@ impl RawVirtualHost {
             return fault(zero, "0 is not a port; expected 1 to 65535");
         }
         let ports = self.ports.into_iter().map(|port| port.value).collect::<BTreeSet<u16>>();
-        Ok(VirtualHost { domains, cluster: self.cluster.value, ports: ports.into_iter().collect() })
+        Ok(VirtualHost {
+            name: self.name.value,
+            domains,
+            cluster: self.cluster.value,
+            ports: ports.into_iter().collect(),
+        })
     }
 }
 
@@ -295,7 +338,7 @@ fn distinct(kind: &str, name: &Spanned<String>, taken: &mut BTreeSet<String>) ->
 }
 
 /// Whether an address is one of this proxy's own.
-fn is_own(address: SocketAddr, own_ports: [u16; 2]) -> bool {
+fn is_own(address: SocketAddr, own_ports: &[u16]) -> bool {
     let loopback = match address.ip() {
         IpAddr::V4(ip) => ip.is_loopback(),
         IpAddr::V6(ip) => ip.is_loopback(),

@@ -4,9 +4,11 @@ use crate::{
     context::Context,
     detect::{self, Protocol},
     http,
+    names::is_virtual,
     observe::Recorder,
     origin::{self, Origin},
     rewind::Rewind,
+    target::Target,
     tunnel,
 };
 use bytes::{Bytes, BytesMut};
@@ -40,14 +42,22 @@ pub(crate) async fn serve(context: &Context, stream: TcpStream) -> io::Result<()
         http::serve(context, recorder("direct"), None, Rewind::new(Bytes::new(), stream)).await;
         return Ok(());
     };
-    if context.is_own(origin.destination) {
+    let destination = origin.destination;
+    if context.is_own(destination) {
         context.metrics.self_loops.inc();
+        tunnel::reset(&stream);
+        return Ok(());
+    }
+    let name = context.snapshot.load().addresses.name_at(destination.ip()).cloned();
+    if name.is_none() && is_virtual(destination.ip()) {
+        context.metrics.unassigned_addresses.inc();
         tunnel::reset(&stream);
         return Ok(());
     }
     let service = service(context, &origin, &stream).await;
     let recorder = recorder(service.as_deref().unwrap_or(UNKNOWN_SERVICE));
-    relay_or_route(context, recorder, &Target::Origin(&origin), stream).await
+    let target = name.as_deref().map_or(Target::Origin(destination), Target::Name);
+    relay_or_route(context, recorder, target, stream).await
 }
 
 /// As the kernel tells, or else the agent.
@@ -65,20 +75,13 @@ pub(crate) async fn serve_named(context: &Context, name: &str, stream: TcpStream
     stream.set_nodelay(true)?;
     context.metrics.connection("named");
     let recorder = Recorder::new(context.metrics.clone(), context.metrics.service("named"));
-    relay_or_route(context, recorder, &Target::Name(name), stream).await
-}
-
-/// Where a client was going, which is where it gets unless its protocol tells better.
-enum Target<'a> {
-    Origin(&'a Origin),
-    /// A domain of a virtual host.
-    Name(&'a str),
+    relay_or_route(context, recorder, Target::Name(name), stream).await
 }
 
 async fn relay_or_route(
     context: &Context,
     recorder: Recorder,
-    target: &Target<'_>,
+    target: Target<'_>,
     mut client: TcpStream,
 ) -> io::Result<()> {
     let mut dialled = None;
@@ -96,11 +99,7 @@ async fn relay_or_route(
         }
     }
     if !head.is_empty() && is_routed(context, &mut client, &mut head).await? {
-        let origin = match target {
-            Target::Origin(origin) => Some(*origin),
-            Target::Name(_) => None,
-        };
-        http::serve(context, recorder, origin, Rewind::new(head.freeze(), client)).await;
+        http::serve(context, recorder, Some(target), Rewind::new(head.freeze(), client)).await;
         return Ok(());
     }
     let upstream = match dialled {
@@ -135,14 +134,9 @@ async fn is_routed(context: &Context, client: &mut TcpStream, head: &mut BytesMu
 }
 
 /// Connects to where the client was going; a client that cannot get there learns it as a reset.
-async fn dial(
-    context: &Context,
-    service: &str,
-    target: &Target<'_>,
-    client: &TcpStream,
-) -> Option<TcpStream> {
+async fn dial(context: &Context, service: &str, target: Target<'_>, client: &TcpStream) -> Option<TcpStream> {
     let endpoints: Vec<SocketAddr> = match target {
-        Target::Origin(origin) => vec![origin.destination],
+        Target::Origin(origin) => vec![origin],
         Target::Name(name) => {
             let snapshot = context.snapshot.load();
             snapshot.routes.find(name).map(|cluster| cluster.endpoints().collect()).unwrap_or_default()

@@ -1,6 +1,12 @@
 //! What all connections of a worker share.
 
-use crate::{names::Name, observe::Metrics, origins::Origins, pool::Pool, snapshot::Current};
+use crate::{
+    names::{Name, is_virtual},
+    observe::Metrics,
+    origins::Origins,
+    pool::Pool,
+    snapshot::Current,
+};
 use std::{net::SocketAddr, sync::Arc};
 use tokio::sync::watch;
 
@@ -16,14 +22,15 @@ pub(crate) struct Context {
     /// Becomes true when this process is to end.
     pub(crate) drain: watch::Receiver<bool>,
     /// Ports of this proxy on its own loopback addresses.
-    pub(crate) own_ports: [u16; 2],
+    pub(crate) own_ports: Arc<[u16]>,
 }
 
 impl Context {
-    /// Whether an address leads back to this proxy.
+    /// Whether an address leads back to this proxy, or would if it led anywhere.
     pub(crate) fn is_own(&self, address: SocketAddr) -> bool {
         let ip = address.ip().to_canonical();
-        (ip.is_loopback() || ip.is_unspecified()) && self.own_ports.contains(&address.port())
+        is_virtual(ip)
+            || (ip.is_loopback() || ip.is_unspecified()) && self.own_ports.contains(&address.port())
     }
 
     /// Resolves when this process is to end.

@@ -5,7 +5,7 @@ mod failure;
 mod headers;
 mod upstream;
 
-use crate::{context::Context, observe::Recorder, origin::Origin, pool::Body, rewind::Rewind};
+use crate::{context::Context, observe::Recorder, pool::Body, rewind::Rewind, target::Target};
 use body::UpstreamBody;
 use bytes::Bytes;
 use failure::Failure;
@@ -31,8 +31,8 @@ const IDLE_TIMEOUT: Duration = Duration::from_secs(3600);
 type AnswerBody = Either<UpstreamBody, Full<Bytes>>;
 
 /// Serves a connection until it ends, or until this process does and the open request is answered.
-pub(crate) async fn serve(context: &Context, recorder: Recorder, origin: Option<&Origin>, stream: Rewind) {
-    let exchange = Exchange { context, recorder, origin };
+pub(crate) async fn serve(context: &Context, recorder: Recorder, target: Option<Target<'_>>, stream: Rewind) {
+    let exchange = Exchange { context, recorder, target };
     let service = service_fn(|request| async { Ok::<_, Infallible>(exchange.answer(request).await) });
     let mut builder = http1::Builder::new();
     builder
@@ -60,7 +60,7 @@ pub(crate) async fn serve(context: &Context, recorder: Recorder, origin: Option<
 struct Exchange<'a> {
     context: &'a Context,
     recorder: Recorder,
-    origin: Option<&'a Origin>,
+    target: Option<Target<'a>>,
 }
 
 impl Exchange<'_> {
@@ -97,27 +97,31 @@ impl Exchange<'_> {
         Ok(back(answer, client))
     }
 
-    /// To the host's cluster; where it has none, to where the connection was going.
+    /// To the host's cluster; where it has none, to where the client was going.
     async fn send(
         &self,
         host: Option<String>,
         request: Request<Body>,
     ) -> Result<(Option<String>, Answer), Failure> {
         let snapshot = self.context.snapshot.load();
-        let cluster = host.as_deref().and_then(|host| snapshot.routes.find(host)).cloned();
+        let named = match self.target {
+            Some(Target::Name(name)) => snapshot.routes.find(name),
+            Some(Target::Origin(_)) | None => None,
+        };
+        let cluster = host.as_deref().and_then(|host| snapshot.routes.find(host)).or(named).cloned();
         drop(snapshot);
         let pool = &self.context.pool;
-        match (cluster, self.origin, host) {
+        match (cluster, self.target, host) {
             (Some(cluster), _, _) => {
                 let answer = upstream::to_cluster(pool, &cluster, request).await?;
                 Ok((Some(cluster.name.clone()), answer))
             }
-            (None, Some(origin), _) if self.context.is_own(origin.destination) => Err(Failure::Loop),
-            (None, Some(origin), _) => {
-                Ok((None, upstream::to_original(pool, origin.destination, request).await?))
+            (None, Some(Target::Origin(origin)), _) if self.context.is_own(origin) => Err(Failure::Loop),
+            (None, Some(Target::Origin(origin)), _) => {
+                Ok((None, upstream::to_original(pool, origin, request).await?))
             }
-            (None, None, Some(host)) => Err(Failure::NoRoute(host)),
-            (None, None, None) => Err(Failure::NoHost),
+            (None, _, Some(host)) => Err(Failure::NoRoute(host)),
+            (None, _, None) => Err(Failure::NoHost),
         }
     }
 }

@@ -29,6 +29,8 @@ pub(crate) struct Metrics {
     pub(crate) origin_errors: Counter,
     /// Connections that would have come back to this proxy.
     pub(crate) self_loops: Counter,
+    /// Connections to a virtual address that no name has.
+    pub(crate) unassigned_addresses: Counter,
     connections: Family<KindLabels, Counter>,
     requests: Family<RequestLabels, Counter>,
     durations: Family<CallLabels, Histogram, fn() -> Histogram>,
@@ -36,6 +38,7 @@ pub(crate) struct Metrics {
     tunnels: Family<TunnelLabels, Counter>,
     tunnel_bytes: Family<DirectionLabels, Counter>,
     upstream_connects: Family<ConnectLabels, Counter>,
+    dns_queries: Family<DnsLabels, Counter>,
     services: Arc<Mutex<HashSet<Arc<str>>>>,
 }
 
@@ -45,6 +48,7 @@ impl Default for Metrics {
             active: Gauge::default(),
             origin_errors: Counter::default(),
             self_loops: Counter::default(),
+            unassigned_addresses: Counter::default(),
             connections: Family::default(),
             requests: Family::default(),
             durations: Family::new_with_constructor(|| Histogram::new(DURATION_BUCKETS)),
@@ -52,6 +56,7 @@ impl Default for Metrics {
             tunnels: Family::default(),
             tunnel_bytes: Family::default(),
             upstream_connects: Family::default(),
+            dns_queries: Family::default(),
             services: Arc::default(),
         }
     }
@@ -99,6 +104,12 @@ struct ConnectLabels {
     outcome: &'static str,
 }
 
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct DnsLabels {
+    transport: &'static str,
+    outcome: &'static str,
+}
+
 /// How connects to a cluster's endpoints ended.
 #[derive(Debug)]
 pub(crate) struct UpstreamMetrics {
@@ -137,12 +148,23 @@ impl Metrics {
             "Connections refused because they led back here",
             self.self_loops.clone(),
         );
+        registry.register(
+            "unassigned_addresses",
+            "Connections refused because no name has the virtual address they were for",
+            self.unassigned_addresses.clone(),
+        );
+        registry.register("dns_queries", "DNS queries, by what became of them", self.dns_queries.clone());
         registry
     }
 
     /// Counts a connection: `steered`, `direct` where it was made on purpose, `named` where to a name's own address.
     pub(crate) fn connection(&self, kind: &'static str) {
         self.connections.get_or_create(&KindLabels { kind }).inc();
+    }
+
+    /// Counts a DNS query.
+    pub(crate) fn dns_query(&self, transport: &'static str, outcome: &'static str) {
+        self.dns_queries.get_or_create(&DnsLabels { transport, outcome }).inc();
     }
 
     /// The label of a service.

@@ -1,4 +1,4 @@
-//! Where a connection was going before it was steered here, and who made it: asked of the kernel.
+//! Where a connection or a datagram was going before it was steered here, and who made it: asked of the kernel.
 
 use socket2::SockRef;
 use std::{
@@ -11,6 +11,7 @@ use std::{
 const SOL_MESH_REDIRECT: libc::c_int = 0x4d52;
 const OPTION_ORIGIN: libc::c_int = 1;
 const OPTION_HEARTBEAT: libc::c_int = 2;
+const OPTION_RESOLVER: libc::c_int = 3;
 
 /// A steered connection.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -43,6 +44,16 @@ pub(crate) fn of(
     }
 }
 
+/// The resolver whose queries are steered to a socket for datagrams; none where there is none.
+pub(crate) fn resolver(socket: &impl AsRawFd) -> io::Result<Option<SocketAddr>> {
+    let mut value = [0; RESOLVER_LEN];
+    match option(socket, OPTION_RESOLVER, &mut value) {
+        Ok(_) => address(&value).map(Some),
+        Err(error) if is_absent(&error) => Ok(None),
+        Err(error) => Err(error),
+    }
+}
+
 /// Tells the kernel that a listener is being served: it stops steering to one that was silent for three seconds.
 /// Where the hooks are not there, nobody needs to know.
 pub(crate) fn heartbeat(listener: &impl AsRawFd) {
@@ -53,25 +64,32 @@ fn is_absent(error: &io::Error) -> bool {
     matches!(error.raw_os_error(), Some(libc::ENOENT | libc::ENOPROTOOPT | libc::EOPNOTSUPP))
 }
 
+/// Length of a resolver's address, and of the same in a whole origin.
+const RESOLVER_LEN: usize = 24;
 /// Length of the whole origin.
 const WHOLE_LEN: usize = 104;
 
-/// Reads the whole origin: version u32, family u16, port u16, address 16 bytes, uid u32, pid u32, cgroup u64, service
-/// 64 bytes NUL padded; in host order, addresses in network order.
+/// Reads the whole origin: an address as below, uid u32, pid u32, cgroup u64, service 64 bytes NUL padded; in host order.
 fn parse(whole: &[u8; WHOLE_LEN]) -> io::Result<Origin> {
-    let field = |at: usize| [whole[at], whole[at + 1]];
-    let version = u32::from_ne_bytes([whole[0], whole[1], whole[2], whole[3]]);
+    let destination = address(whole.first_chunk().unwrap_or(&[0; RESOLVER_LEN]))?;
+    let name = whole[40..].split(|&byte| byte == 0).next().unwrap_or_default();
+    let service = (!name.is_empty()).then(|| String::from_utf8_lossy(name).into_owned());
+    Ok(Origin { destination, service })
+}
+
+/// Reads an address: version u32, family u16, port u16, in host order; address 16 bytes, in network order.
+fn address(bytes: &[u8; RESOLVER_LEN]) -> io::Result<SocketAddr> {
+    let field = |at: usize| [bytes[at], bytes[at + 1]];
+    let version = u32::from_ne_bytes([bytes[0], bytes[1], bytes[2], bytes[3]]);
     let (family, port) = (u16::from_ne_bytes(field(4)), u16::from_ne_bytes(field(6)));
     let mut address = [0; 16];
-    address.copy_from_slice(&whole[8..24]);
+    address.copy_from_slice(&bytes[8..]);
     let ip = match (version, libc::c_int::from(family)) {
         (1, libc::AF_INET) => IpAddr::from(Ipv4Addr::new(address[0], address[1], address[2], address[3])),
         (1, libc::AF_INET6) => IpAddr::from(Ipv6Addr::from(address)),
         _ => return Err(io::Error::other(format!("an origin of version {version} and family {family}"))),
     };
-    let name = whole[40..].split(|&byte| byte == 0).next().unwrap_or_default();
-    let service = (!name.is_empty()).then(|| String::from_utf8_lossy(name).into_owned());
-    Ok(Origin { destination: SocketAddr::new(ip, port), service })
+    Ok(SocketAddr::new(ip, port))
 }
 
 #[expect(unsafe_code, reason = "no crate knows a private socket option")]
@@ -130,5 +148,13 @@ mod tests {
         let (accepted, _) = listener.accept().unwrap();
         assert_eq!(of(&accepted, accepted.local_addr().unwrap()).unwrap(), None);
         heartbeat(&listener);
+        let datagrams = std::net::UdpSocket::bind("127.0.0.1:0").unwrap();
+        assert_eq!(resolver(&datagrams).unwrap(), None);
+    }
+
+    #[test]
+    fn the_address_of_a_resolver_is_read() {
+        let whole = whole(1, 2, &[10, 0, 0, 53], "");
+        assert_eq!(address(whole.first_chunk().unwrap()).unwrap(), "10.0.0.53:8080".parse().unwrap());
     }
 }

@@ -10,10 +10,10 @@ use hyper::client::conn::http1::{self, SendRequest};
 use hyper_util::rt::TokioIo;
 use serde::Deserialize;
 use std::{
-    cell::{Cell, RefCell},
     io,
     net::SocketAddr,
     path::PathBuf,
+    sync::{Mutex, MutexGuard, PoisonError},
     time::{Duration, Instant},
 };
 use tokio::{net::UnixStream, sync::Semaphore, time::timeout};
@@ -24,20 +24,20 @@ const TIMEOUT: Duration = Duration::from_millis(200);
 const PAUSE: Duration = Duration::from_secs(1);
 /// A connection that waited this long is not used again: the agent closes it soon.
 const IDLE_TIMEOUT: Duration = Duration::from_secs(5);
-/// Questions of a worker that are asked at once; further ones wait.
+/// Questions of a thread that are asked at once; further ones wait.
 const MAX_CONNECTIONS: usize = 8;
 /// Bytes of an answer.
 const MAX_ANSWER: usize = 4 << 10;
 
 type Sender = SendRequest<Empty<Bytes>>;
 
-/// One for each worker; never crosses threads.
+/// One for each worker, and one for DNS.
 #[derive(Debug)]
 pub(crate) struct Origins {
     socket: PathBuf,
     places: Semaphore,
-    idle: RefCell<Vec<(Sender, Instant)>>,
-    paused_until: Cell<Option<Instant>>,
+    idle: Mutex<Vec<(Sender, Instant)>>,
+    paused_until: Mutex<Option<Instant>>,
 }
 
 /// What the agent answers, as far as it matters here.
@@ -51,7 +51,7 @@ impl Origins {
     /// For an agent that answers at this socket, if one does.
     pub(crate) fn at(socket: PathBuf) -> Self {
         let places = Semaphore::new(MAX_CONNECTIONS);
-        Self { socket, places, idle: RefCell::default(), paused_until: Cell::default() }
+        Self { socket, places, idle: Mutex::default(), paused_until: Mutex::default() }
     }
 
     /// The service that made a connection, by the two ends that it has here.
@@ -60,19 +60,18 @@ impl Origins {
     }
 
     /// Where a datagram was going that came from `client` to `proxy`.
-    #[expect(dead_code, reason = "for names that are asked for over UDP")]
     pub(crate) async fn udp(&self, client: SocketAddr, proxy: SocketAddr) -> Option<SocketAddr> {
         Some(self.ask("udp", client, proxy).await?.destination)
     }
 
     async fn ask(&self, protocol: &str, client: SocketAddr, proxy: SocketAddr) -> Option<Answer> {
-        if self.paused_until.get().is_some_and(|until| Instant::now() < until) {
+        if locked(&self.paused_until).is_some_and(|until| Instant::now() < until) {
             return None;
         }
         let asked = timeout(TIMEOUT, self.exchange(&target(protocol, client, proxy))).await;
         asked.unwrap_or_else(|elapsed| Err(elapsed.into())).unwrap_or_else(|error| {
             tracing::debug!(socket = %self.socket.display(), "ask for an origin: {error}");
-            self.paused_until.set(Some(Instant::now() + PAUSE));
+            *locked(&self.paused_until) = Some(Instant::now() + PAUSE);
             None
         })
     }
@@ -92,7 +91,7 @@ impl Origins {
 
     /// The connection that was used last. Those that waited too long are closed.
     fn waiting(&self) -> Option<Sender> {
-        let mut idle = self.idle.borrow_mut();
+        let mut idle = locked(&self.idle);
         idle.retain(|(sender, since)| !sender.is_closed() && since.elapsed() < IDLE_TIMEOUT);
         idle.pop().map(|(sender, _)| sender)
     }
@@ -105,20 +104,25 @@ impl Origins {
         let status = response.status();
         let body =
             Limited::new(response.into_body(), MAX_ANSWER).collect().await.map_err(io::Error::other)?;
-        self.idle.borrow_mut().push((sender, Instant::now()));
+        locked(&self.idle).push((sender, Instant::now()));
         Ok((status, body.to_bytes()))
     }
 
     async fn connect(&self) -> io::Result<Sender> {
         let stream = UnixStream::connect(&self.socket).await?;
         let (sender, connection) = http1::handshake(TokioIo::new(stream)).await.map_err(io::Error::other)?;
-        tokio::task::spawn_local(async move {
+        tokio::spawn(async move {
             if let Err(error) = connection.await {
                 tracing::debug!("connection to the agent: {error}");
             }
         });
         Ok(sender)
     }
+}
+
+/// What a panic left behind is as good as any other: a connection, or a moment.
+fn locked<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 /// Without the scope of an address, which no question has a place for.
@@ -226,8 +230,8 @@ mod tests {
             with_agent(vec![vec![failure.clone()], vec![response("200 OK", GOOD)]], async |origins| {
                 assert_eq!(origins.tcp(CLIENT, CLIENT).await, None, "{failure}");
                 assert_eq!(origins.tcp(CLIENT, CLIENT).await, None, "{failure}");
-                origins.paused_until.set(None);
-                origins.idle.borrow_mut().clear();
+                *locked(&origins.paused_until) = None;
+                locked(&origins.idle).clear();
                 assert_eq!(origins.tcp(CLIENT, CLIENT).await.as_deref(), Some("shop"), "{failure}");
             });
         }
@@ -244,7 +248,7 @@ mod tests {
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
         let origins = Origins::at("/nonexistent/origins.sock".into());
         assert_eq!(runtime.block_on(origins.tcp(CLIENT, CLIENT)), None);
-        assert!(origins.paused_until.get().is_some());
+        assert!(locked(&origins.paused_until).is_some());
     }
 
     #[test]

@@ -4,11 +4,13 @@ use crate::{
     admin::{self, Admin},
     config,
     context::Context,
+    dns,
     model::Config,
-    names::{self, Name},
+    names::{self, Name, VirtualAddresses},
     observe::Metrics,
     origins::Origins,
     pool::Pool,
+    resolve::{self, Resolved},
     snapshot::{Current, Snapshot},
     worker,
 };
@@ -18,6 +20,7 @@ use std::{
     path::Path,
     sync::{Arc, mpsc},
     thread::{self, JoinHandle},
+    time::Duration,
 };
 use tokio::{
     net::TcpListener,
@@ -32,15 +35,29 @@ pub(crate) fn run(file: &Path, config: &Config) -> anyhow::Result<()> {
     }
     raise_descriptor_limit();
     let metrics = Metrics::default();
-    let snapshot = Arc::new(Current::from_pointee(Snapshot::new(config, &metrics)));
+    let snapshot = Arc::new(Current::from_pointee(Snapshot::new(
+        config.clone(),
+        &VirtualAddresses::default(),
+        &metrics,
+    )));
     let (drain, draining) = watch::channel(false);
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     let listener = runtime
         .block_on(TcpListener::bind(config.admin))
         .with_context(|| format!("listen on {}", config.admin))?;
-    let names: Arc<[Name]> = names::assign(&config.virtual_hosts).into();
-    let (workers, questions) = start_workers(config, &names, &snapshot, &metrics, &draining)?;
-    let admin = Arc::new(Admin::new(metrics.registry(), questions, names));
+    let names: Arc<[Name]> = names::loopback(&config.virtual_hosts).into();
+    let (mut workers, mut questions) = start_workers(config, &names, &snapshot, &metrics, &draining)?;
+    if let Some(port) = config.dns {
+        let origins = Origins::at(config.origins.clone());
+        let server = dns::Server::new(Arc::clone(&snapshot), metrics.clone(), origins, draining);
+        let (worker, ask) = start_dns(server, port, config.drain_timeout)?;
+        workers.push(worker);
+        questions.push(ask);
+    }
+    let resolved = Arc::new(Resolved::default());
+    let resolving = runtime.spawn(resolve::run(Arc::clone(&snapshot), Arc::clone(&resolved)));
+    let routable = admin::Routable { snapshot: Arc::clone(&snapshot), names, resolved };
+    let admin = Arc::new(Admin::new(metrics.registry(), questions, routable));
     let serving = runtime.spawn(admin::serve(listener, Arc::clone(&admin)));
     admin.set_ready(true);
     // Where no service manager listens there is nobody to tell.
@@ -53,6 +70,7 @@ pub(crate) fn run(file: &Path, config: &Config) -> anyhow::Result<()> {
     drain.send_replace(true);
     runtime.block_on(async { tokio::task::spawn_blocking(|| end_workers(workers)).await })?;
     serving.abort();
+    resolving.abort();
     Ok(())
 }
 
@@ -65,14 +83,15 @@ fn start_workers(
     draining: &watch::Receiver<bool>,
 ) -> anyhow::Result<(Vec<JoinHandle<()>>, Vec<admin::Worker>)> {
     let (listening, heard) = mpsc::channel();
-    let (port, drain_timeout, own_ports) =
-        (config.listen.port, config.drain_timeout, [config.listen.port, config.admin.port()]);
+    let (port, drain_timeout) = (config.listen.port, config.drain_timeout);
+    let own_ports: Arc<[u16]> = config.own_ports().into();
     let mut asked = Vec::new();
     let mut start = |index| {
         let (ask, questions) = unbounded_channel();
         asked.push(ask);
         let (snapshot, metrics, drain) = (Arc::clone(snapshot), metrics.clone(), draining.clone());
-        let (names, origins) = (Arc::clone(names), config.origins.clone());
+        let (names, own_ports) = (Arc::clone(names), Arc::clone(&own_ports));
+        let origins = config.origins.clone();
         let listening = listening.clone();
         let work = move || {
             let (pool, origins) = (Pool::default(), Origins::at(origins));
@@ -88,6 +107,21 @@ fn start_workers(
         heard.recv().context("a worker ended before it listened")??;
     }
     Ok((workers, asked))
+}
+
+/// Starts the thread that serves DNS, and waits until it listens.
+fn start_dns(
+    server: dns::Server,
+    port: u16,
+    drain_timeout: Duration,
+) -> anyhow::Result<(JoinHandle<()>, admin::Worker)> {
+    let (ask, questions) = unbounded_channel();
+    let (listening, heard) = mpsc::channel();
+    let work = move || dns::run(server, port, questions, drain_timeout, |result| _ = listening.send(result));
+    let thread =
+        thread::Builder::new().name("dns".to_owned()).spawn(work).context("start a thread for DNS")?;
+    heard.recv().context("the thread for DNS ended before it listened")??;
+    Ok((thread, ask))
 }
 
 fn end_workers(workers: Vec<JoinHandle<()>>) {
@@ -115,7 +149,8 @@ async fn signals(file: &Path, snapshot: &Current, metrics: &Metrics) -> anyhow::
 fn reload(file: &Path, snapshot: &Current, metrics: &Metrics) {
     match config::load(file) {
         Ok(config) => {
-            snapshot.store(Arc::new(Snapshot::new(&config, metrics)));
+            let next = Snapshot::new(config, &snapshot.load().addresses, metrics);
+            snapshot.store(Arc::new(next));
             tracing::info!("virtual hosts and clusters were read anew");
         }
         Err(error) => tracing::error!("not reloaded, going on as before: {error}"),

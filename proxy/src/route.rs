@@ -55,6 +55,7 @@ mod tests {
         };
         let cluster = Arc::new(Cluster::new(&cluster, &Metrics::default()));
         let host = model::VirtualHost {
+            name: "v".into(),
             domains: vec!["shop".into(), "shop.internal".into()],
             cluster: "c".into(),
             ports: vec![],

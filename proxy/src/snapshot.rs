@@ -1,6 +1,6 @@
 //! What requests are routed by: immutable, and replaced whole.
 
-use crate::{cluster::Cluster, model, observe::Metrics, route};
+use crate::{cluster::Cluster, model, names::VirtualAddresses, observe::Metrics, route};
 use arc_swap::ArcSwap;
 use std::{collections::HashMap, sync::Arc};
 
@@ -8,14 +8,20 @@ use std::{collections::HashMap, sync::Arc};
 #[derive(Debug)]
 pub(crate) struct Snapshot {
     pub(crate) routes: route::Table,
+    pub(crate) addresses: VirtualAddresses,
+    /// What all of this was made of.
+    pub(crate) config: model::Config,
 }
 
 impl Snapshot {
-    pub(crate) fn new(config: &model::Config, metrics: &Metrics) -> Self {
+    /// Names that had a virtual address before keep it.
+    pub(crate) fn new(config: model::Config, previous: &VirtualAddresses, metrics: &Metrics) -> Self {
         let cluster = |cluster: &model::Cluster| Arc::new(Cluster::new(cluster, metrics));
         let clusters: HashMap<&str, Arc<Cluster>> =
             config.clusters.iter().map(|model| (model.name.as_str(), cluster(model))).collect();
-        Self { routes: route::Table::new(&config.virtual_hosts, &clusters) }
+        let routes = route::Table::new(&config.virtual_hosts, &clusters);
+        let addresses = VirtualAddresses::assign(&config.virtual_hosts, previous);
+        Self { routes, addresses, config }
     }
 }
 

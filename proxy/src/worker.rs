@@ -16,7 +16,7 @@ use tokio::{
 };
 
 /// How often the kernel is told that the listeners are served; it waits for three seconds.
-const HEARTBEAT: Duration = Duration::from_millis(250);
+pub(crate) const HEARTBEAT: Duration = Duration::from_millis(250);
 
 /// Whether it serves, and where to say so.
 pub(crate) type Questions = mpsc::UnboundedReceiver<oneshot::Sender<()>>;

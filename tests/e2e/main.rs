@@ -50,6 +50,7 @@ mod configuration;
 mod control;
 mod daemon;
 mod differential;
+mod dns;
 mod enable;
 mod exec;
 mod families;

@@ -80,6 +80,12 @@ impl<'s> Proxy<'s> {
         self.process.signal(Signal::SIGCONT);
     }
 
+    /// Has it read another proxy.yaml.
+    pub fn reload(&self, yaml: &str) {
+        fs::write(self.sandbox.path("proxy.yaml"), yaml).expect("write proxy.yaml");
+        self.process.signal(Signal::SIGHUP);
+    }
+
     /// Asks it to drain.
     pub fn terminate(&self) {
         self.process.signal(Signal::SIGTERM);

@@ -35,6 +35,7 @@ const TOOLS: &[(For, &str, &str)] = &[
     (For::Demo, "nft", "nftables"),
     (For::Tests, "iptables-legacy", "iptables"),
     (For::Tests, "python3", "python3"),
+    (For::Tests, "dig", "bind9-dnsutils"),
     (For::Tests, "node", "nodejs"),
     (For::Tests, "readelf", "binutils"),
     (For::Tests, "mmdebstrap", "mmdebstrap"),

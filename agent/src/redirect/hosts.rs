@@ -7,10 +7,7 @@
 mod document;
 
 use super::{Desired, ServiceStatus, Status};
-use crate::{
-    config::Failure,
-    ready::{self, Name},
-};
+use crate::{config::Failure, ready, routable::Name};
 use agent_ebpf::Counters;
 use nix::fcntl::{Flock, FlockArg};
 use std::{

@@ -13,6 +13,7 @@ fn nothing_written_means_the_defaults() {
     assert!((1..=MAX_DEFAULT_WORKERS).contains(&config.listen.workers));
     assert_eq!(config.drain_timeout, Duration::from_secs(10));
     assert_eq!(config.origins, Path::new("/run/mesh-redirect/origins.sock"));
+    assert_eq!((config.dns, config.resolve_domains), (None, false));
 }
 
 #[test]
@@ -22,9 +23,11 @@ fn the_packaged_file_is_valid() {
 
 #[test]
 fn hosts_and_clusters_are_read() {
-    let config =
-        parse(&format!("{GOOD}virtual_hosts: [{{ name: v, domains: [Shop, shop.internal], cluster: c }}]\n"))
-            .unwrap();
+    let config = parse(&format!(
+        "{GOOD}virtual_hosts: [{{ name: v, domains: [Shop, shop.internal.], cluster: c }}]\n"
+    ))
+    .unwrap();
+    assert_eq!(config.virtual_hosts[0].name, "v");
     assert_eq!(config.virtual_hosts[0].domains, ["shop", "shop.internal"]);
     assert_eq!(config.clusters[0].endpoints[1], "[fd00::1]:80".parse().unwrap());
     assert_eq!(config.clusters[0].connect_timeout, Duration::from_secs(1));
@@ -42,10 +45,17 @@ fn every_fault_is_named_with_its_place_and_what_was_expected() {
         ("admin: localhost\n".to_owned(), "1:8", "address"),
         ("admin: 127.0.0.1:15001\n".to_owned(), "1:8", "expected another one"),
         ("origins: origins.sock\n".to_owned(), "1:10", "not an absolute path"),
+        ("dns: { port: 0 }\n".to_owned(), "1:14", "expected 1 to 65520"),
+        ("dns: { port: 65521 }\n".to_owned(), "1:14", "expected 1 to 65520"),
+        ("dns: { port: 15001 }\n".to_owned(), "1:14", "expected another one"),
+        ("dns: { port: 15000 }\n".to_owned(), "1:14", "expected another one"),
+        ("resolve_domains: sometimes\n".to_owned(), "1:18", ""),
         ("drain_timeout: soon\n".to_owned(), "1:16", "expected one as 500ms"),
         ("clusters: [{ name: c, endpoints: [] }]\n".to_owned(), "1:34", "expected at least one"),
         ("clusters: [{ name: c, endpoints: [localhost] }]\n".to_owned(), "1:35", "address"),
         ("clusters: [{ name: c, endpoints: ['127.0.0.1:15001'] }]\n".to_owned(), "1:35", "this proxy itself"),
+        ("dns: { port: 15053 }\nclusters: [{ name: c, endpoints: ['127.0.0.1:15053'] }]\n".to_owned(), "2:35", "this proxy itself"),
+        ("clusters: [{ name: c, endpoints: ['241.1.2.3:80'] }]\n".to_owned(), "1:35", "virtual"),
         ("clusters: [{ name: c, endpoints: ['0.0.0.0:80'] }]\n".to_owned(), "1:35", "expected IP:PORT"),
         ("clusters: [{ name: c, endpoints: ['1.1.1.1:80', '1.1.1.1:80'] }]\n".to_owned(), "1:49", "twice"),
         (format!("{GOOD}clusters: []\n"), "2:1", "duplicate"),
