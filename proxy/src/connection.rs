@@ -43,14 +43,10 @@ pub(crate) async fn serve(context: &Context, stream: TcpStream) -> io::Result<()
         return Ok(());
     };
     let destination = origin.destination;
-    if context.is_own(destination) {
-        context.metrics.self_loops.inc();
-        tunnel::reset(&stream);
-        return Ok(());
-    }
     let name = context.snapshot.load().addresses.name_at(destination.ip()).cloned();
-    if name.is_none() && is_virtual(destination.ip()) {
-        context.metrics.unassigned_addresses.inc();
+    if name.is_none() && context.is_own(destination) {
+        let metrics = &context.metrics;
+        if is_virtual(destination.ip()) { &metrics.unassigned_addresses } else { &metrics.self_loops }.inc();
         tunnel::reset(&stream);
         return Ok(());
     }

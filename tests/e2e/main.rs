@@ -59,6 +59,7 @@ mod harness;
 mod hosts;
 mod listener;
 mod liveness;
+mod names;
 mod nftables;
 mod origins;
 mod scope;

@@ -35,7 +35,7 @@ pub use host::{binaries, binary, use_binaries};
 pub use kernel::Footprint;
 pub use machine::{Machine, Root};
 pub use mesh::{Answers, Mesh, answers, ask, ask_with, slow_request};
-pub use netns::{INSTANCES, ORIGIN, ORIGIN_V6};
+pub use netns::{INSTANCES, ORIGIN, ORIGIN_V6, RESOLVERS};
 pub use process::{Conversation, Finished, Process, Program, Running};
 pub use proxy::{CONFIG as PROXY_CONFIG, Metrics, Proxy};
 pub use sandbox::{Mode, Place, Sandbox};

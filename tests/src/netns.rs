@@ -18,6 +18,9 @@ pub const ORIGIN_V6: &str = "fd77::10";
 /// The two instances that the proxy knows.
 pub const INSTANCES: [&str; 2] = ["10.77.0.2", "10.77.0.3"];
 
+/// Where the other end's resolvers are.
+pub const RESOLVERS: [&str; 3] = ["10.77.0.53", "10.77.0.54", "fd77::53"];
+
 /// `ip netns add` prepares /run/netns for itself, which two of them must not do at once.
 static ADDING: Mutex<()> = Mutex::new(());
 
@@ -46,11 +49,14 @@ impl Namespace {
     pub(crate) fn join(&self, peer: &Self) {
         self.ip(&["link", "add", "eth0", "type", "veth", "peer", "name", "eth0", "netns", &peer.name]);
         self.address("10.77.0.1/24", "fd77::1/64");
-        for host in [2, 3, 10] {
+        for host in [2, 3, 10, 53, 54] {
             peer.address(&format!("10.77.0.{host}/24"), &format!("fd77::{host}/64"));
         }
         self.ip(&["link", "set", "eth0", "up"]);
         peer.ip(&["link", "set", "eth0", "up"]);
+        // Most hosts have a default route; what is virtual would take it. It leads to the other end, and no further.
+        self.ip(&["route", "add", "241.0.0.0/8", "via", ORIGIN]);
+        self.ip(&["route", "add", "fdb2:6c1e:9d04::/48", "via", ORIGIN_V6]);
     }
 
     /// Without duplicate address detection, an IPv6 address is usable at once.

@@ -16,6 +16,7 @@ listen:
   port: 15001
   workers: 2
 admin: 127.0.0.1:15000
+dns: { port: 15053 }
 drain_timeout: 10s
 virtual_hosts:
   - name: catalog

@@ -126,6 +126,15 @@ impl Sandbox {
         Program::new(&self.here, &self.cgroup.below(cgroup), program.as_ref())
     }
 
+    /// A program of the machine's that looks names up as a resolv.conf of its own says.
+    pub fn resolving(&self, place: Place, resolver: &str, program: &str) -> Program<'_> {
+        let file = self.path(&format!("resolv.conf-{resolver}"));
+        fs::write(&file, format!("nameserver {resolver}\noptions timeout:2 attempts:2\n"))
+            .expect("write resolv.conf");
+        let shell = r#"mount --bind "$0" /etc/resolv.conf && exec "$@""#;
+        self.program(place, "unshare").args(["--mount", "sh", "-c", shell, &file.to_string_lossy(), program])
+    }
+
     /// Connects, or does whatever else, where the service and the proxy are.
     pub fn enter<T: Send>(&self, inside: impl FnOnce() -> T + Send) -> T {
         self.here.enter(inside)

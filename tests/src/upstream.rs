@@ -42,6 +42,31 @@ impl Upstream {
         Self::start(sandbox, Place::Peer, "datagrams", &["datagrams", address])
     }
 
+    /// A resolver of other names than the proxy's, and of the proxy's as others know them; each says who it is as `who.test`.
+    #[track_caller]
+    pub fn resolver(sandbox: &Sandbox, place: Place, name: &str, addresses: &[&str]) -> Self {
+        let long: Vec<String> = (0..12).map(|part| format!("{part:0>200}")).collect();
+        let records = [
+            "--host-record=catalog,10.77.0.10,60".to_owned(),
+            "--host-record=other.test,10.77.0.10,fd77::10,77".to_owned(),
+            format!("--txt-record=who.test,{name}"),
+            format!("--txt-record=long.test,{}", long.join(",")),
+        ];
+        let options = "--keep-in-foreground --conf-file=/dev/null --no-resolv --no-hosts --user=root --pid-file= --log-facility=- --log-queries --bind-interfaces";
+        let listen = addresses.iter().map(|address| format!("--listen-address={address}"));
+        let dnsmasq = sandbox.program(place, "dnsmasq").args(options.split(' '));
+        let log = sandbox.path(&format!("{name}.log"));
+        let mut process = dnsmasq.args(records).args(listen.collect::<Vec<_>>()).serve(log);
+        process.wait_until(|process| process.log().contains("started"));
+        Self { process }
+    }
+
+    /// How often a resolver was asked for a name.
+    pub fn queries(&self, name: &str) -> usize {
+        let asked = |line: &&str| line.contains("query[") && line.contains(&format!(" {name} "));
+        self.process.log().lines().filter(asked).count()
+    }
+
     #[track_caller]
     fn start(sandbox: &Sandbox, place: Place, name: &str, args: &[&str]) -> Self {
         let log = sandbox.path(&format!("{name}.log"));
