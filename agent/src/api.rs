@@ -7,7 +7,7 @@
 //! | `POST /v1/disable` with [`Change`] | [`Changed`] |
 //! | `POST /v1/services/NAME/commands` | [`Joined`]: the calling process is in a steered cgroup of its own now |
 //! | `POST /v1/services/NAME/processes` with [`Process`] | [`Joined`]: it and its descendants are in a steered cgroup |
-//! | `POST /v1/services/NAME/cgroups` | [`Joined`]: the cgroup of the calling process is steered as the service's now |
+//! | `POST /v1/services/NAME/cgroups`, or with [`Process`] | [`Joined`]: the cgroup of the calling process, or of that one, is steered as the service's now |
 //! | `POST /v1/proxy/cgroups` | [`Joined`]: the cgroup of the calling process is the proxy's now |
 //!
 //! What fails answers 4xx or 5xx with [`Refusal`].
@@ -106,7 +106,7 @@ pub(crate) struct ChangedService {
     pub(crate) changed: bool,
 }
 
-/// A process that shall be steered, with its descendants.
+/// A process that shall be steered, with its descendants or with its cgroup.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub(crate) struct Process {

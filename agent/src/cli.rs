@@ -52,7 +52,7 @@ pub(crate) enum Command {
         /// The process; its open sockets stay as they are
         pid: u32,
     },
-    /// Attach to the cgroup this runs in, without a daemon: for a unit's ExecStartPre=
+    /// Attach to a cgroup before its first process runs, without a daemon: for a unit's ExecStartPre= and for OCI hooks
     Attach(Attach),
     /// Tell what the configured policy does with connections of a service, and which capture says so
     Explain {
@@ -114,4 +114,7 @@ pub(crate) struct Attach {
     /// The proxy's
     #[arg(long)]
     pub(crate) proxy: bool,
+    /// A container's, whose state is read from standard input; one that is no enabled service is left alone
+    #[arg(long)]
+    pub(crate) oci: bool,
 }

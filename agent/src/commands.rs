@@ -1,21 +1,21 @@
 //! What each command does.
 
 use crate::{
-    api, check,
+    api, attach, check,
     cli::{self, Attach, Cli, Command, Output},
     client,
-    config::{Config, ConfigError, Scope, check_name},
+    config::{Config, ConfigError, DEFAULT_STATE, Scope, check_name},
     daemon::{Daemon, Request},
     http, lock,
     mode::{self, Mode},
     origins::{self, Snapshot, server::OriginsServer},
-    plan, present, probe, ready,
-    redirect::{Redirect, ebpf::Ebpf},
+    present, probe, ready,
+    redirect::Redirect,
     routable::Routable,
     rules, server,
     state::StateFile,
     watch,
-    workload::{Workloads, systemd},
+    workload::{Workloads, hooks_dir::Hook, started, systemd},
 };
 use anyhow::{Context as _, bail};
 use nix::unistd::geteuid;
@@ -38,7 +38,11 @@ const BAD_INPUT: u8 = 2;
 /// Runs a command line.
 pub(crate) fn run(cli: Cli) -> anyhow::Result<ExitCode> {
     let file = cli.config.map(std::path::absolute).transpose()?;
-    let config = match Config::load(file.as_deref()) {
+    let loaded = Config::load(file.as_deref());
+    if let Command::Attach(Attach { oci: true, .. }) = cli.command {
+        return Ok(attach::container(loaded));
+    }
+    let config = match loaded {
         Ok(config) => config,
         Err(error) => return Ok(bad_input(&error)),
     };
@@ -57,12 +61,12 @@ pub(crate) fn run(cli: Cli) -> anyhow::Result<ExitCode> {
         Command::Status { output } => status(&config, output)?,
         Command::Exec { service, command } => exec(&config, &service, &command)?,
         Command::Adopt { service, pid } => adopt(&config, &service, pid)?,
-        Command::Attach(attach) => self::attach(&config, &attach)?,
+        Command::Attach(attach) => attach::unit(&config, &attach)?,
         Command::Explain { service, destinations, output } => {
             return explain(&config, &service, &destinations, output);
         }
         Command::Env { service, systemd } => env(&config, &service, systemd)?,
-        Command::Cleanup => cleanup(&config)?,
+        Command::Cleanup => cleanup(&config, file.as_deref())?,
         Command::Check { output } => return check(&config, output),
     }
     Ok(ExitCode::SUCCESS)
@@ -195,48 +199,15 @@ fn adopt(config: &Config, service: &str, pid: u32) -> anyhow::Result<()> {
     print(&format!("process {pid} and its descendants are in {}\n{notes}", joined.cgroup))
 }
 
-/// With eBPF it needs no daemon: what is pinned is attached. With nf_tables only a daemon keeps the proxy alive. Names are
-/// for every process.
-fn attach(config: &Config, attach: &Attach) -> anyhow::Result<()> {
-    let state = StateFile::new(&config.paths.state).load()?;
-    if state.mode() == Some(Mode::Hosts) {
-        return Ok(());
-    }
-    if state.mode() == Some(Mode::Nftables) {
-        let path = match &attach.service {
-            Some(name) => {
-                check_name(name).map_err(anyhow::Error::msg)?;
-                format!("/v1/services/{name}/cgroups")
-            }
-            None => "/v1/proxy/cgroups".to_owned(),
-        };
-        let _attached: api::Joined = client::post(&config.paths.run, &path, None::<&()>)?;
-        return Ok(());
-    }
-    let cgroup = Workloads::new(probe::cgroup2_mount()?).cgroup_of(std::process::id().cast_signed())?;
-    let _held = lock::kernel(&config.paths.run)?;
-    let mut redirect = Ebpf::new(config.paths.pins.clone(), config.proxy.admin);
-    let Some(name) = &attach.service else {
-        redirect.attach_proxy(&cgroup)?;
-        return Ok(());
-    };
-    let Some(entry) = state.get(name) else {
-        bail!("service `{name}` is not enabled; `mesh-redirect enable {name}` does it");
-    };
-    let mut compiled = plan::Compiled::new(Routable::load(&config.paths.state));
-    let mut service = plan::service(config, name, entry, &mut compiled)?;
-    service.scopes.push(cgroup);
-    redirect.attach_service(&service)?;
-    Ok(())
-}
-
-fn cleanup(config: &Config) -> anyhow::Result<()> {
+fn cleanup(config: &Config, file: Option<&Path>) -> anyhow::Result<()> {
     let run = &config.paths.run;
     let _only_one = lock::daemon(run)?;
     let held = lock::kernel(run)?;
     remove_redirects(config)?;
     remove_drop_ins(config)?;
     Routable::remove(&config.paths.state);
+    Hook { dir: &config.paths.hooks, config: file }.remove().context("remove the hook")?;
+    started::forget_all(run);
     let file = StateFile::new(&config.paths.state);
     remove_command_cgroups(&file);
     file.remove()?;
@@ -262,7 +233,7 @@ fn remove_redirects(config: &Config) -> anyhow::Result<()> {
 
 /// Drop-ins of this state only where it is not the host's own: another daemon's are not ours to remove.
 fn remove_drop_ins(config: &Config) -> anyhow::Result<()> {
-    if config.paths.state == Path::new("/var/lib/mesh-redirect") {
+    if config.paths.state == Path::new(DEFAULT_STATE) {
         return systemd::remove_all_drop_ins().context("remove drop-ins");
     }
     let Ok(state) = StateFile::new(&config.paths.state).load() else { return Ok(()) };

@@ -18,6 +18,9 @@ pub(crate) use raw::{Base, Failure, Ports};
 /// Where the configuration is looked for when no other file is named.
 pub(crate) const DEFAULT_FILE: &str = "/etc/mesh-redirect/agent.yaml";
 
+/// Where the enabled set is kept when the configuration says nothing of it, or cannot be read.
+pub(crate) const DEFAULT_STATE: &str = "/var/lib/mesh-redirect";
+
 /// Longest file that is read.
 const MAX_BYTES: u64 = 4 << 20;
 
@@ -44,6 +47,8 @@ pub(crate) struct Paths {
     pub(crate) pins: PathBuf,
     /// The hosts file, for the mode that edits it.
     pub(crate) hosts: PathBuf,
+    /// Where podman and CRI-O look for hooks.
+    pub(crate) hooks: PathBuf,
 }
 
 /// The co-located proxy.
@@ -258,9 +263,10 @@ impl RawConfig {
         let defaults = policy(self.failure, self.capture, &none);
         let paths = Paths {
             run: absolute(self.paths.run, "/run/mesh-redirect")?,
-            state: absolute(self.paths.state, "/var/lib/mesh-redirect")?,
+            state: absolute(self.paths.state, DEFAULT_STATE)?,
             pins: pins(self.paths.pins)?,
             hosts: absolute(self.paths.hosts, "/etc/hosts")?,
+            hooks: absolute(self.paths.hooks, "/etc/containers/oci/hooks.d")?,
         };
         let RawProxy { port, dns_port, admin, unit, cgroup } = self.proxy;
         let scope = RawScope { unit, cgroup, ..RawScope::default() }.validate()?;

@@ -8,10 +8,12 @@ use crate::{
     origins, plan, probe,
     redirect::{self, Cgroup, Redirect},
     routable::Routable,
-    state::{State, StateFile},
+    state::{Container, State, StateFile},
     watch,
     workload::{
         self, Unknown, Workloads,
+        hooks_dir::Hook,
+        started,
         systemd::{self, DropIn},
     },
 };
@@ -72,6 +74,8 @@ pub(crate) enum Error {
     BadPattern(String),
     #[error("{action} the step before units' starts: {cause}")]
     DropIn { action: &'static str, cause: io::Error },
+    #[error("{action} the hook at containers' starts: {cause}")]
+    Hook { action: &'static str, cause: io::Error },
     #[error("service `{0}` is not enabled; `mesh-redirect enable {0}` does it")]
     NotEnabled(String),
     #[error(transparent)]
@@ -137,6 +141,7 @@ impl Daemon {
             compiled,
             commands: 0,
         };
+        daemon.find_containers()?;
         daemon.reconcile()?;
         // What steered before goes when its successor is in place; both at once only steer what is steered already.
         former.map_or(Ok(()), |mut former| former.remove())?;
@@ -206,15 +211,20 @@ impl Daemon {
             changed: next.enable(service, change.observe),
         });
         let services = services.collect();
+        for (name, scope) in names.iter().zip(&scopes) {
+            next.set_container(name, self.container(name, scope));
+        }
         if change.dry_run {
             return Ok(api::Changed { services, notes: vec![], difference: Some(self.difference(&next)?) });
         }
         self.commit(next)?;
+        self.register_hook()?;
         let drop_ins: Vec<DropIn> =
             names.iter().zip(&scopes).filter_map(|(name, scope)| self.drop_in(name, scope)).collect();
         systemd::write_drop_ins(&drop_ins, self.config_file.as_deref()).map_err(drop_in_error("write"))?;
         let mut notes = self.proxy_notes();
         notes.extend(self.mode_notes());
+        notes.extend(self.hook_notes(&scopes));
         let cgroups = scopes.iter().map(|scope| self.workloads.cgroup(scope));
         let absent: Vec<bool> = cgroups.map(|cgroup| cgroup.is_none()).collect();
         for (name, _) in names.iter().zip(absent).filter(|(_, absent)| *absent) {
@@ -238,6 +248,8 @@ impl Daemon {
         let scopes: Vec<Scope> = names.iter().map(|name| Workloads::scope(&self.config, name)).collect();
         let units = scopes.iter().filter_map(Scope::unit);
         systemd::remove_drop_ins(units).map_err(drop_in_error("remove"))?;
+        self.register_hook()?;
+        names.iter().for_each(|name| started::forget(&self.config.paths.run, name));
         Ok(api::Changed { services, notes: vec![], difference: None })
     }
 
@@ -260,7 +272,46 @@ impl Daemon {
             text += &format!("file {}\n", file.0.display());
             text.extend(file.1.lines().map(|line| format!("\t{line}\n")));
         }
+        if state.containers().next().is_some() && self.hook().is_of_use() {
+            let (path, content) = self.hook().file().map_err(hook_error("describe"))?;
+            text += &format!("file {}\n", path.display());
+            text.extend(content.lines().map(|line| format!("\t{line}\n")));
+        }
         Ok(text)
+    }
+
+    fn hook(&self) -> Hook<'_> {
+        Hook { dir: &self.config.paths.hooks, config: self.config_file.as_deref() }
+    }
+
+    /// The hook is there while a container is enabled.
+    fn register_hook(&self) -> Result<(), Error> {
+        if self.state.containers().next().is_none() {
+            self.hook().remove().map_err(hook_error("remove"))
+        } else if self.hook().is_of_use() {
+            self.hook().write().map_err(hook_error("write"))
+        } else {
+            Ok(())
+        }
+    }
+
+    /// What the hook has to know of a service.
+    fn container(&mut self, service: &str, scope: &Scope) -> Option<Container> {
+        let Scope::Container(name) = scope else { return None };
+        let required = self.config.policy(service).failure == Failure::Closed;
+        Some(Container { name: name.clone(), id: self.workloads.container_id(name), required })
+    }
+
+    /// The configuration may have changed since services were enabled.
+    fn find_containers(&mut self) -> Result<(), Error> {
+        let mut next = self.state.clone();
+        for (name, _) in self.state.clone().iter().filter(|(_, entry)| entry.enabled) {
+            let container = self.container(name, &Workloads::scope(&self.config, name));
+            next.set_container(name, container);
+        }
+        self.file.save(&next)?;
+        self.state = next;
+        Ok(())
     }
 
     fn drop_in(&self, service: &str, scope: &Scope) -> Option<DropIn> {
@@ -444,6 +495,13 @@ impl Daemon {
         (self.mode == Mode::Hosts).then(|| note.to_owned())
     }
 
+    /// What has to be said of containers whose runtimes have no directory for hooks.
+    fn hook_notes(&self, scopes: &[Scope]) -> Option<String> {
+        let has_containers = scopes.iter().any(|scope| matches!(scope, Scope::Container(_)));
+        let note = "no podman or CRI-O is here to run the hook at containers' starts: unless another runtime was told to, a container that is started is found within a second";
+        (has_containers && !self.hook().is_of_use()).then(|| note.to_owned())
+    }
+
     fn proxy_notes(&mut self) -> Vec<String> {
         let scope = &self.config.proxy.scope;
         let absent = self.workloads.cgroup(scope).is_none();
@@ -461,6 +519,10 @@ fn answer<T>(reply: Reply<T>, result: Result<T, Error>) {
 
 fn drop_in_error(action: &'static str) -> impl Fn(io::Error) -> Error {
     move |cause| Error::DropIn { action, cause }
+}
+
+fn hook_error(action: &'static str) -> impl Fn(io::Error) -> Error {
+    move |cause| Error::Hook { action, cause }
 }
 
 /// Names as they are, and patterns as the known names that they match.

@@ -1,6 +1,7 @@
 //! `mesh-redirect`: the daemon and its command line.
 
 mod api;
+mod attach;
 mod check;
 mod cli;
 mod client;

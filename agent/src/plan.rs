@@ -64,6 +64,12 @@ pub(crate) fn everything(
         if entry.enabled {
             service.scopes.extend(workloads.cgroup(scope));
         }
+        if entry.container.is_some() {
+            service.scopes.extend(workloads.started(&config.paths.run, name));
+            // Those that were seen starting may be found without it too.
+            service.scopes.sort();
+            service.scopes.dedup();
+        }
         let commands = entry.commands.iter().map(|path| Scope::Cgroup(path.clone()));
         service.scopes.extend(commands.filter_map(|scope| workloads.cgroup(&scope)));
         services.push(service);

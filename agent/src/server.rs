@@ -9,7 +9,11 @@ use crate::{
 };
 use bytes::Bytes;
 use http_body_util::{BodyExt as _, Full, Limited};
-use hyper::{Method, Response, StatusCode, body::Incoming, service::service_fn};
+use hyper::{
+    Method, Response, StatusCode,
+    body::{Body as _, Incoming},
+    service::service_fn,
+};
 use hyper_util::rt::{TokioIo, TokioTimer};
 use serde::{Serialize, de::DeserializeOwned};
 use std::{
@@ -101,9 +105,9 @@ async fn respond(
             }
             Err(error) => refuse(StatusCode::BAD_REQUEST, &error),
         },
-        (&Method::POST, ["v1", "services", name, "cgroups"]) => match pid {
-            Some(pid) => ask(requests, |reply| Request::Attach((*name).to_owned(), pid, reply)).await,
-            None => refuse(StatusCode::BAD_REQUEST, "the kernel does not tell who is calling"),
+        (&Method::POST, ["v1", "services", name, "cgroups"]) => match process(body, pid).await {
+            Ok(pid) => ask(requests, |reply| Request::Attach((*name).to_owned(), pid, reply)).await,
+            Err(error) => refuse(StatusCode::BAD_REQUEST, &error),
         },
         (&Method::POST, ["v1", "proxy", "cgroups"]) => match pid {
             Some(pid) => ask(requests, |reply| Request::AttachProxy(pid, reply)).await,
@@ -117,6 +121,14 @@ async fn respond(
         ) => refuse(StatusCode::METHOD_NOT_ALLOWED, "this path does not know this method"),
         _ => refuse(StatusCode::NOT_FOUND, "no such path; see the reference of the control socket"),
     }
+}
+
+/// The process that is told of, else the one that is calling.
+async fn process(body: Incoming, caller: Option<i32>) -> Result<i32, String> {
+    if body.is_end_stream() {
+        return caller.ok_or_else(|| "the kernel does not tell who is calling".to_owned());
+    }
+    read(body).await.map(|api::Process { pid }| pid.cast_signed())
 }
 
 async fn read<T: DeserializeOwned>(body: Incoming) -> Result<T, String> {

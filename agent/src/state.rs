@@ -37,8 +37,25 @@ pub(crate) struct Entry {
     /// Whether what would be steered is only counted.
     #[serde(default)]
     pub(crate) observe: bool,
+    /// What the hook at containers' starts looks for, where the service is a container.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(crate) container: Option<Container>,
     /// Cgroups of commands that were run as this service, below the cgroup2 mount.
     pub(crate) commands: BTreeSet<String>,
+}
+
+/// A container that is a service. It is known here too, so that a configuration that cannot be read keeps no other
+/// container from starting.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(crate) struct Container {
+    /// Its id, the beginning of it, or its name: as it is configured.
+    pub(crate) name: String,
+    /// The id that belonged to the name when it was last asked for.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(crate) id: Option<String>,
+    /// Whether it must not start unsteered.
+    pub(crate) required: bool,
 }
 
 /// A state that cannot be read or written.
@@ -88,6 +105,19 @@ impl State {
         self.services.get(name).is_some_and(|entry| entry.enabled)
     }
 
+    /// Every enabled service that is a container.
+    pub(crate) fn containers(&self) -> impl Iterator<Item = (&str, &Entry, &Container)> {
+        let enabled = self.iter().filter(|(_, entry)| entry.enabled);
+        enabled.filter_map(|(name, entry)| Some((name, entry, entry.container.as_ref()?)))
+    }
+
+    /// With a service that is this container, or none.
+    pub(crate) fn set_container(&mut self, name: &str, container: Option<Container>) {
+        if let Some(entry) = self.services.get_mut(name) {
+            entry.container = container;
+        }
+    }
+
     /// A service's entry.
     pub(crate) fn get(&self, name: &str) -> Option<&Entry> {
         self.services.get(name)
@@ -108,7 +138,7 @@ impl State {
     pub(crate) fn disable(&mut self, name: &str) -> bool {
         let Some(entry) = self.services.get_mut(name) else { return false };
         let changed = entry.enabled;
-        (entry.enabled, entry.observe) = (false, false);
+        (entry.enabled, entry.observe, entry.container) = (false, false, None);
         if entry.commands.is_empty() {
             self.services.remove(name);
         }
@@ -131,8 +161,14 @@ impl State {
     fn entry(&mut self, name: &str) -> &mut Entry {
         let used: BTreeSet<u32> = self.services.values().map(|entry| entry.id).collect();
         let free = (1..=u32::MAX).find(|id| !used.contains(id)).unwrap_or(u32::MAX);
-        let new =
-            || Entry { id: free, since: now(), enabled: false, observe: false, commands: BTreeSet::new() };
+        let new = || Entry {
+            id: free,
+            since: now(),
+            enabled: false,
+            observe: false,
+            container: None,
+            commands: BTreeSet::new(),
+        };
         self.services.entry(name.to_owned()).or_insert_with(new)
     }
 }

@@ -1,6 +1,10 @@
 //! What a service is on this host: from its name to the cgroup its processes are in.
 
+mod conmon;
 mod container;
+pub(crate) mod hooks_dir;
+pub(crate) mod oci;
+pub(crate) mod started;
 pub(crate) mod systemd;
 
 use crate::{
@@ -144,10 +148,20 @@ impl Workloads {
     ///
     /// systemd runs a unit's control commands in a `.control` child where the unit is delegated.
     pub(crate) fn cgroup_of(&self, pid: i32) -> io::Result<Cgroup> {
-        let text = fs::read_to_string(format!("/proc/{pid}/cgroup"))?;
-        let path = text.lines().find_map(|line| line.strip_prefix("0::"));
-        let path = path.ok_or_else(|| io::Error::other("it has no cgroup2 line (0::/…)"))?;
-        Cgroup::open(&self.dir(path.strip_suffix("/.control").unwrap_or(path)))
+        let path = path_of_process(pid)?;
+        Cgroup::open(&self.dir(path.strip_suffix("/.control").unwrap_or(&path)))
+    }
+
+    /// The id that a runtime gave to the container of this name, where it runs.
+    pub(crate) fn container_id(&mut self, name: &str) -> Option<String> {
+        self.container(name)?;
+        self.containers.get(name)?.0.clone()
+    }
+
+    /// Cgroups of a service's containers that were seen starting, and are still there.
+    pub(crate) fn started(&self, run: &Path, service: &str) -> Vec<Cgroup> {
+        let paths = started::cgroups(run, service).into_iter();
+        paths.filter_map(|path| Cgroup::open(&self.dir(&path.to_string_lossy())).ok()).collect()
     }
 
     /// A cgroup's path, as the configuration writes it.
@@ -169,15 +183,15 @@ impl Workloads {
         if let Some(cgroup) = found(name) {
             return Some(cgroup);
         }
-        let known = self.containers.get(name);
-        let id = match known {
-            Some((id, asked)) if id.is_some() || asked.elapsed() < ASK_AGAIN => id.clone(),
-            _ => {
-                let id = container::id(name);
-                self.containers.insert(name.to_owned(), (id.clone(), Instant::now()));
-                id
+        if let Some((id, asked)) = self.containers.get(name) {
+            let cgroup = id.as_deref().and_then(found);
+            // One that is made anew has another id.
+            if cgroup.is_some() || asked.elapsed() < ASK_AGAIN {
+                return cgroup;
             }
-        };
+        }
+        let id = container::id(name);
+        self.containers.insert(name.to_owned(), (id.clone(), Instant::now()));
         found(&id?)
     }
 
@@ -215,6 +229,13 @@ impl Workloads {
     fn open(&self, unit: &UnitCgroup) -> Option<Cgroup> {
         Cgroup::open(&self.dir(unit.path.as_ref()?)).ok()
     }
+}
+
+/// The path of a process's cgroup, below the cgroup2 mount.
+pub(crate) fn path_of_process(pid: i32) -> io::Result<String> {
+    let text = fs::read_to_string(format!("/proc/{pid}/cgroup"))?;
+    let path = text.lines().find_map(|line| line.strip_prefix("0::"));
+    path.map(str::to_owned).ok_or_else(|| io::Error::other("it has no cgroup2 line (0::/…)"))
 }
 
 /// A process and all that descend from it; none where it is not there.

@@ -79,6 +79,7 @@ paths:
   state: {state}
   pins: {pins}
   hosts: {hosts}
+  hooks: {hooks}
 proxy:
   port: 15001
   cgroup: {proxy}
@@ -91,6 +92,7 @@ services:
             state = sandbox.path("state").display(),
             pins = sandbox.pins().display(),
             hosts = sandbox.hosts().display(),
+            hooks = sandbox.path("hooks.d").display(),
             proxy = sandbox.cgroup(Place::Proxy),
             shop = sandbox.cgroup(Place::Shop),
             stock = sandbox.cgroup(Place::Stock),

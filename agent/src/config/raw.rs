@@ -27,6 +27,7 @@ pub(super) struct RawPaths {
     pub(super) state: Option<Spanned<PathBuf>>,
     pub(super) pins: Option<Spanned<PathBuf>>,
     pub(super) hosts: Option<Spanned<PathBuf>>,
+    pub(super) hooks: Option<Spanned<PathBuf>>,
 }
 
 #[derive(Debug, Default, Deserialize)]

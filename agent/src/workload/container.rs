@@ -1,12 +1,21 @@
 //! Containers: what runtimes call their cgroups, and what they call their containers.
 
-use std::process::{Command, Stdio};
+use super::conmon;
+use std::{
+    process::{Command, Stdio},
+    thread::sleep,
+    time::{Duration, Instant},
+};
 
 /// The fewest characters of an id that stand for it.
 const SHORTEST: usize = 12;
 
 /// What runtimes put before the id in a cgroup's name under systemd: `docker-ID.scope`.
-const PREFIXES: [&str; 5] = ["docker-", "libpod-", "cri-containerd-", "crio-", "nerdctl-"];
+const PREFIXES: [&str; 6] = ["docker-", "libpod-payload-", "libpod-", "cri-containerd-", "crio-", "nerdctl-"];
+
+/// How long a runtime may take for an answer. One that starts the container just now may wait for our hook, and our hook for
+/// the daemon.
+const PATIENCE: Duration = Duration::from_secs(1);
 
 /// Whether a cgroup of this name is the container's of this id, or of an id that begins so.
 pub(super) fn is_named(cgroup: &str, id: &str) -> bool {
@@ -17,15 +26,26 @@ pub(super) fn is_named(cgroup: &str, id: &str) -> bool {
     name == id || (is_id(id) && is_id(name) && name.starts_with(id))
 }
 
-/// The id of a container of this name, by the runtimes that are installed.
+/// The id of a container of this name: of podman's and CRI-O's without asking, of others by their runtimes.
 pub(super) fn id(name: &str) -> Option<String> {
-    ["docker", "podman", "nerdctl"].into_iter().find_map(|runtime| {
-        let mut inspect = Command::new(runtime);
-        inspect.args(["inspect", "--type", "container", "--format", "{{.Id}}", "--", name]);
-        let output = inspect.stdin(Stdio::null()).stderr(Stdio::null()).output().ok()?;
-        let id = String::from_utf8(output.stdout).ok()?.trim().to_owned();
-        (output.status.success() && !id.is_empty()).then_some(id)
-    })
+    conmon::id(name).or_else(|| ["docker", "nerdctl"].into_iter().find_map(|runtime| inspect(runtime, name)))
+}
+
+fn inspect(runtime: &str, name: &str) -> Option<String> {
+    let mut inspect = Command::new(runtime);
+    inspect.args(["inspect", "--type", "container", "--format", "{{.Id}}", "--", name]);
+    inspect.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::null());
+    let mut child = inspect.spawn().ok()?;
+    let end = Instant::now() + PATIENCE;
+    while child.try_wait().ok()?.is_none() {
+        if Instant::now() >= end {
+            let _ended_meanwhile = child.kill();
+        }
+        sleep(Duration::from_millis(10));
+    }
+    let output = child.wait_with_output().ok()?;
+    let id = String::from_utf8(output.stdout).ok()?.trim().to_owned();
+    (output.status.success() && !id.is_empty()).then_some(id)
 }
 
 #[cfg(test)]
@@ -39,6 +59,7 @@ mod tests {
             id.to_owned(),
             format!("docker-{id}.scope"),
             format!("libpod-{id}.scope"),
+            format!("libpod-payload-{id}"),
             format!("cri-containerd-{id}.scope"),
         ] {
             assert!(is_named(&cgroup, id) && is_named(&cgroup, &id[..12]), "{cgroup}");
@@ -47,6 +68,6 @@ mod tests {
         assert!(
             is_named("web", "web") && !is_named("web-2", "web") && !is_named("docker-web-2.scope", "web")
         );
-        assert!(!is_named("docker.service", "docker"));
+        assert!(!is_named("docker.service", "docker") && !is_named(&format!("libpod-conmon-{id}.scope"), id));
     }
 }
