@@ -47,6 +47,7 @@ macro_rules! scenarios {
 mod capture;
 mod clients;
 mod configuration;
+mod containers;
 mod control;
 mod daemon;
 mod differential;

@@ -119,6 +119,12 @@ services:
         sandbox.program(Place::Outside, host::binary("mesh-redirect")).args(["--config", &config]).args(args)
     }
 
+    /// The arguments with which a container's runtime is to run it.
+    pub fn hook(sandbox: &Sandbox) -> [String; 4] {
+        let config = config(sandbox).display().to_string();
+        ["--config".to_owned(), config, "attach".to_owned(), "--oci".to_owned()]
+    }
+
     /// `enable SERVICE`
     #[track_caller]
     pub fn enable(&self, service: &str) {

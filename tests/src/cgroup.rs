@@ -70,10 +70,14 @@ pub(crate) fn remove(path: &Path) {
     remove_doubles(path);
 }
 
-/// On a machine with hybrid hierarchies, a container's cgroups have empty doubles in systemd's own hierarchy.
+/// On a machine with hybrid hierarchies, a container's cgroups have empty doubles in the other ones.
 fn remove_doubles(path: &Path) {
-    for double in subtree(&Path::new("/sys/fs/cgroup/systemd").join(name(path).trim_start_matches('/'))) {
-        let _ = fs::remove_dir(double);
+    let hierarchies =
+        fs::read_dir("/sys/fs/cgroup").into_iter().flatten().flatten().map(|entry| entry.path());
+    for hierarchy in hierarchies.filter(|hierarchy| *hierarchy != *CGROUP2) {
+        for double in subtree(&hierarchy.join(name(path).trim_start_matches('/'))) {
+            let _ = fs::remove_dir(double);
+        }
     }
 }
 

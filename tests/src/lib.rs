@@ -6,6 +6,7 @@
 //! | [`Sandbox`] | two network namespaces joined by a veth pair, a subtree of cgroups, a folder on bpffs, a temporary folder |
 //! | [`Agent`], [`Proxy`], [`Upstream`] | one running program each, ready when the guard is there |
 //! | [`Mesh`] | all three of them, as most scenarios want them |
+//! | [`Container`] | a container that a real runtime starts |
 //! | [`Machine`] | a whole machine: systemd booted in a container |
 //!
 //! A guard undoes itself when it is dropped, also after a panic, and then shows the log of what it ran. What a killed
@@ -15,6 +16,7 @@
 
 mod agent;
 mod cgroup;
+mod container;
 mod host;
 mod kernel;
 mod machine;
@@ -31,6 +33,7 @@ pub mod http;
 
 pub use agent::{Agent, Counters, ServiceStatus, Status};
 pub use cgroup::cgroup_path;
+pub use container::Container;
 pub use host::{binaries, binary, use_binaries};
 pub use kernel::Footprint;
 pub use machine::{Machine, Root};

@@ -45,6 +45,7 @@ const TOOLS: &[(For, &str, &str)] = &[
     (For::Tests, "mmdebstrap", "mmdebstrap"),
     (For::Tests, "eatmydata", "eatmydata"),
     (For::Tests, "systemd-nspawn", "systemd-container"),
+    (For::Tests, "runc", "runc"),
 ];
 
 /// Debian's compiler with the sources of `core`, and what bpf-linker is built with.
