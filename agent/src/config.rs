@@ -266,7 +266,7 @@ impl RawConfig {
             state: absolute(self.paths.state, DEFAULT_STATE)?,
             pins: pins(self.paths.pins)?,
             hosts: absolute(self.paths.hosts, "/etc/hosts")?,
-            hooks: absolute(self.paths.hooks, "/etc/containers/oci/hooks.d")?,
+            hooks: absolute(self.paths.hooks, "/usr/share/containers/oci/hooks.d")?,
         };
         let RawProxy { port, dns_port, admin, unit, cgroup } = self.proxy;
         let scope = RawScope { unit, cgroup, ..RawScope::default() }.validate()?;

@@ -6,15 +6,34 @@ use std::process::Command;
 use std::thread::sleep;
 use std::time::Duration;
 
-use tests::{Footprint, INSTANCES, Machine, Metrics, ORIGIN, PROXY_CONFIG, Root, Sandbox, Status, Upstream};
-use tests::{binaries, eventually, wait_for};
+use tests::{Footprint, INSTANCES, Machine, Metrics, Mode, ORIGIN, PROXY_CONFIG, Release, Root, Sandbox};
+use tests::{Status, Upstream, eventually, wait_for};
 
 scenarios![only ebpf:
     a_unit_is_steered_across_restarts_and_all_is_uninstalled_without_a_trace,
-    a_unit_that_is_restarted_fifty_times_never_escapes,
 ];
 scenarios![only nftables: a_host_that_refuses_bpf_gets_a_table];
 scenarios![only hosts: a_host_that_refuses_both_gets_names];
+
+/// The same on every systemd that there is in Debian.
+mod a_unit_that_is_restarted_fifty_times_never_escapes {
+    use super::{Mode, Release, Sandbox, restart_fifty_times};
+
+    #[test]
+    fn on_systemd_247() {
+        restart_fifty_times(&Sandbox::new("restarted_on_systemd_247", Mode::Ebpf), Release::Bullseye);
+    }
+
+    #[test]
+    fn on_systemd_252() {
+        restart_fifty_times(&Sandbox::new("restarted_on_systemd_252", Mode::Ebpf), Release::Bookworm);
+    }
+
+    #[test]
+    fn on_systemd_257() {
+        restart_fifty_times(&Sandbox::new("restarted_on_systemd_257", Mode::Ebpf), Release::Trixie);
+    }
+}
 
 /// A unit that never heard of the mesh: it connects as soon as it is started, and then over and over.
 const SHOP: &str = "\
@@ -64,9 +83,12 @@ ExecStart=/usr/local/bin/peer connect 10.77.0.10:8080
 
 const RESTARTS: usize = 25;
 
-fn a_unit_that_is_restarted_fifty_times_never_escapes(sandbox: &Sandbox) {
-    let shop = Shop::on_a_machine(sandbox);
-    fs::copy(binaries().join("peer"), shop.machine.root().path().join("usr/local/bin/peer")).expect("copy");
+fn restart_fifty_times(sandbox: &Sandbox, release: Release) {
+    let shop = Shop::on(sandbox, release);
+    let version = format!("systemd {} ", release.systemd());
+    assert!(shop.run("systemctl --version").starts_with(&version));
+    let root = shop.machine.root();
+    fs::copy(root.binaries().join("peer"), root.path().join("usr/local/bin/peer")).expect("copy");
     shop.machine.root().write("etc/systemd/system/first.service", FIRST);
     shop.install();
     shop.run("systemctl stop shop && mesh-redirect enable first");
@@ -149,16 +171,21 @@ struct Shop<'s> {
 
 impl<'s> Shop<'s> {
     fn on_a_machine(sandbox: &'s Sandbox) -> Self {
+        Self::on(sandbox, Release::Bookworm)
+    }
+
+    fn on(sandbox: &'s Sandbox, release: Release) -> Self {
         let [a, b] = INSTANCES.map(|address| format!("{address}:8080"));
         let instances = [Upstream::http(sandbox, "a", &[&a]), Upstream::http(sandbox, "b", &[&b])];
         let origin = Upstream::http(sandbox, "origin", &[&format!("{ORIGIN}:8080")]);
-        let root = Root::fresh(sandbox);
+        let root = Root::fresh(sandbox, release);
         root.write("etc/systemd/system/shop.service", SHOP);
         Self { machine: Machine::boot(sandbox, root), origin, _instances: instances }
     }
 
     fn install(&self) {
-        xtask("install", self.machine.root(), &["--bin-dir", &binaries().to_string_lossy()]);
+        let root = self.machine.root();
+        xtask("install", root, &["--bin-dir", &root.binaries().to_string_lossy()]);
         self.machine.root().write("etc/mesh-redirect/proxy.yaml", PROXY_CONFIG);
         self.run("systemctl daemon-reload && systemctl start mesh-redirect mesh-proxy shop");
     }

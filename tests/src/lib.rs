@@ -15,6 +15,7 @@
 #![expect(clippy::expect_used, reason = "what the harness cannot do fails the test, with a message")]
 
 mod agent;
+mod binaries;
 mod cgroup;
 mod container;
 mod host;
@@ -36,7 +37,7 @@ pub use cgroup::cgroup_path;
 pub use container::Container;
 pub use host::{binaries, binary, use_binaries};
 pub use kernel::Footprint;
-pub use machine::{Machine, Root};
+pub use machine::{Machine, Release, Root};
 pub use mesh::{Answers, Mesh, answers, ask, ask_with, slow_request};
 pub use netns::{INSTANCES, ORIGIN, ORIGIN_V6, RESOLVERS};
 pub use process::{Conversation, Finished, Process, Program, Running};

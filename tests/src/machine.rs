@@ -9,7 +9,9 @@ use std::time::Duration;
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use nix::sys::signal::Signal;
 
+use crate::binaries::bring_libraries;
 use crate::cgroup;
+use crate::host::binaries;
 use crate::process::{Finished, Process};
 use crate::sandbox::{Place, Sandbox};
 use crate::wait::eventually;
@@ -29,23 +31,55 @@ const NSPAWN: [&str; 9] = [
     "--system-call-filter=bpf",
 ];
 
+/// A release of Debian, which is to say of systemd.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Release {
+    /// With systemd 247, and with an older C library than the machine's that builds the binaries under test.
+    Bullseye,
+    /// With systemd 252.
+    Bookworm,
+    /// With systemd 257.
+    Trixie,
+}
+
+impl Release {
+    fn name(self) -> &'static str {
+        match self {
+            Self::Bullseye => "bullseye",
+            Self::Bookworm => "bookworm",
+            Self::Trixie => "trixie",
+        }
+    }
+
+    /// The version of its systemd.
+    pub fn systemd(self) -> u32 {
+        match self {
+            Self::Bullseye => 247,
+            Self::Bookworm => 252,
+            Self::Trixie => 257,
+        }
+    }
+}
+
 /// What is mounted on a machine's /: the file system that `cargo xtask setup` made, under a layer in memory that takes
 /// every change and is thrown away.
 #[derive(Debug)]
 pub struct Root {
     layer: PathBuf,
+    binaries: PathBuf,
 }
 
 impl Root {
     /// A fresh file system of a machine that was never booted.
     ///
     /// # Panics
-    /// When `MESH_REDIRECT_SYSTEMD_ROOT` names none.
-    pub fn fresh(sandbox: &Sandbox) -> Self {
-        let base = env::var("MESH_REDIRECT_SYSTEMD_ROOT").expect(
-            "MESH_REDIRECT_SYSTEMD_ROOT names a root file system with systemd: cargo xtask setup makes it",
+    /// When `MESH_REDIRECT_SYSTEMD_ROOTS` names no folder with it.
+    pub fn fresh(sandbox: &Sandbox, release: Release) -> Self {
+        let bases = env::var("MESH_REDIRECT_SYSTEMD_ROOTS").expect(
+            "MESH_REDIRECT_SYSTEMD_ROOTS names a folder of root file systems with systemd: cargo xtask setup makes it",
         );
-        let root = Self { layer: sandbox.path("machine") };
+        let base = format!("{bases}/{}", release.name());
+        let mut root = Self { layer: sandbox.path("machine"), binaries: binaries().to_owned() };
         fs::create_dir(&root.layer).expect("make a folder to mount on");
         mount(Some("tmpfs"), &root.layer, Some("tmpfs"), MsFlags::empty(), None::<&str>)
             .expect("mount a tmpfs");
@@ -59,7 +93,16 @@ impl Root {
         // The container shares the machine's kernel, whose settings are none of its business.
         symlink("/dev/null", root.path().join("etc/systemd/system/systemd-sysctl.service"))
             .expect("mask a unit");
+        if release == Release::Bullseye {
+            root.binaries = sandbox.path("binaries");
+            bring_libraries(&root.path(), &root.binaries);
+        }
         root
+    }
+
+    /// Binaries of this workspace that run there.
+    pub fn binaries(&self) -> &Path {
+        &self.binaries
     }
 
     /// Where it is mounted.

@@ -6,10 +6,14 @@ use std::{
     env, fs,
     path::{Path, PathBuf},
     process::{Command, Output},
+    thread,
 };
 
-/// A root file system with systemd, for tests to boot. Its number goes up with every change of what is in it.
-pub(crate) const SYSTEMD_ROOT: &str = "/var/cache/mesh-redirect/systemd-root-2";
+/// Root file systems with systemd, for tests to boot, by the name of their release of Debian. The number goes up with every
+/// change of what is in them.
+pub(crate) const SYSTEMD_ROOTS: &str = "/var/cache/mesh-redirect/systemd-roots-3";
+/// With systemd 247, 252 and 257.
+const RELEASES: [&str; 3] = ["bullseye", "bookworm", "trixie"];
 
 /// What shall be possible afterwards; each includes the one before.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -46,6 +50,7 @@ const TOOLS: &[(For, &str, &str)] = &[
     (For::Tests, "eatmydata", "eatmydata"),
     (For::Tests, "systemd-nspawn", "systemd-container"),
     (For::Tests, "runc", "runc"),
+    (For::Tests, "patchelf", "patchelf"),
 ];
 
 /// Debian's compiler with the sources of `core`, and what bpf-linker is built with.
@@ -68,7 +73,7 @@ pub(crate) fn ensure(purpose: For) -> anyhow::Result<()> {
     ebpf_toolchain()?;
     if purpose == For::Tests {
         rust_components()?;
-        systemd_root()?;
+        systemd_roots()?;
     }
     Ok(())
 }
@@ -111,24 +116,33 @@ fn rust_components() -> anyhow::Result<()> {
     Ok(())
 }
 
+/// All at once: each waits for the network most of the time.
+fn systemd_roots() -> anyhow::Result<()> {
+    thread::scope(|scope| {
+        let making = RELEASES.map(|release| scope.spawn(|| systemd_root(release)));
+        let made = making.into_iter().map(|making| making.join().unwrap_or_else(|_| bail!("it panicked")));
+        made.collect()
+    })
+}
+
 /// Complete or absent: it is made beside its place and renamed.
-fn systemd_root() -> anyhow::Result<()> {
-    let root = Path::new(SYSTEMD_ROOT);
+fn systemd_root(release: &str) -> anyhow::Result<()> {
+    let root = Path::new(SYSTEMD_ROOTS).join(release);
     if root.is_dir() {
         return Ok(());
     }
-    println!("   making a root file system with systemd at {SYSTEMD_ROOT}");
+    println!("   making a root file system with systemd at {}", root.display());
     let unfinished = root.with_extension("unfinished");
     if unfinished.exists() {
         fs::remove_dir_all(&unfinished).with_context(|| format!("remove {}", unfinished.display()))?;
     }
-    fs::create_dir_all(root.with_file_name("")).context("make /var/cache/mesh-redirect")?;
+    fs::create_dir_all(SYSTEMD_ROOTS).with_context(|| format!("make {SYSTEMD_ROOTS}"))?;
     let mut mmdebstrap = Command::new("eatmydata");
     mmdebstrap.args(["mmdebstrap", "--quiet", "--variant=minbase"]);
     mmdebstrap.arg("--include=systemd,systemd-sysv,dbus,iproute2,curl,procps,nftables");
-    mmdebstrap.arg("bookworm").arg(&unfinished);
+    mmdebstrap.arg(release).arg(&unfinished);
     quietly(mmdebstrap)?;
-    fs::rename(&unfinished, root).with_context(|| format!("rename {}", unfinished.display()))
+    fs::rename(&unfinished, &root).with_context(|| format!("rename {}", unfinished.display()))
 }
 
 fn apt_install(packages: &str) -> anyhow::Result<()> {

@@ -34,6 +34,6 @@ fn end_to_end_tests(filter: Option<&str>) -> anyhow::Result<()> {
     let test = ["test", "--workspace", "--locked", "--profile", PROFILE, "--test", "e2e"];
     let mut command = cargo(&[&test[..], &filter.map_or(vec![], |filter| vec![filter])].concat());
     command.env("MESH_REDIRECT_BIN_DIR", build::binaries(PROFILE));
-    command.env("MESH_REDIRECT_SYSTEMD_ROOT", setup::SYSTEMD_ROOT);
+    command.env("MESH_REDIRECT_SYSTEMD_ROOTS", setup::SYSTEMD_ROOTS);
     build::run(command)
 }
