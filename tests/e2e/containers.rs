@@ -1,11 +1,13 @@
 //! Containers, by the hook that runs before their first process.
 
 use std::fs;
+use std::time::Duration;
 
-use tests::{Agent, Container, Finished, Mesh, Mode, ORIGIN, Place, Sandbox};
+use tests::{Agent, Answers, Container, Finished, Mesh, Mode, ORIGIN, Place, Sandbox, eventually};
 
 scenarios![
     a_container_that_is_restarted_fifty_times_never_escapes,
+    a_container_that_only_the_hook_can_name_stays_attached,
     a_container_that_must_not_start_unsteered_does_not,
     a_container_that_is_no_enabled_service_is_left_alone,
     the_hook_is_registered_while_a_container_is_enabled,
@@ -13,6 +15,7 @@ scenarios![
 scenarios![only ebpf: what_is_no_state_of_a_container_is_refused_in_words];
 
 const RESTARTS: usize = 25;
+const SOON: Duration = Duration::from_secs(5);
 /// A service that is known by a name: its id is another one at each start.
 const WEB: &str = "  web: { container: web }\n";
 const WEB_CLOSED: &str = "  web: { container: web, failure: closed }\n";
@@ -34,6 +37,23 @@ fn a_container_that_is_restarted_fifty_times_never_escapes(sandbox: &Sandbox) {
         restart(sandbox);
     }
     assert_eq!(mesh.origin.requests(), 0);
+}
+
+/// No runtime that the daemon could ask has heard of it.
+fn a_container_that_only_the_hook_can_name_stays_attached(sandbox: &Sandbox) {
+    let mesh = Mesh::start(sandbox, WEB);
+    mesh.agent.enable("web");
+    let address = format!("{ORIGIN}:8080");
+    let running = prepared(sandbox, 1, "web", &["load", &address, "1", "4000"]).begin();
+    eventually("it is steered", SOON, || mesh.agent.counters("web").steered > 0);
+    mesh.agent.enable("stock");
+    mesh.agent.disable("stock");
+    mesh.agent.stop();
+    let agent = Agent::restart(sandbox);
+    let before = agent.counters("web").steered;
+    eventually("it is still steered", SOON, || agent.counters("web").steered > before);
+    let answers: Answers = serde_json::from_str(running.finish().ok()).expect("who answered");
+    answers.are_from(&["a", "b"]);
 }
 
 fn a_container_that_must_not_start_unsteered_does_not(sandbox: &Sandbox) {
@@ -121,12 +141,16 @@ fn web(sandbox: &Sandbox, number: usize) -> Finished {
 /// Runs a container whose first instructions connect to the origin.
 #[track_caller]
 fn container(sandbox: &Sandbox, number: usize, name: &str) -> Finished {
+    prepared(sandbox, number, name, &["connect", &format!("{ORIGIN}:8080")]).run()
+}
+
+fn prepared<'s>(sandbox: &'s Sandbox, number: usize, name: &str, peer: &[&str]) -> Container<'s> {
     let id = format!("{number:064x}");
     let bundle = sandbox.path("bundles").join(&id);
     if bundle.exists() {
         fs::remove_dir_all(&bundle).expect("remove the last one's bundle");
     }
-    Container::new(sandbox, &id, name, &["connect", &format!("{ORIGIN}:8080")]).run()
+    Container::new(sandbox, &id, name, peer)
 }
 
 fn by(server: &str) -> String {

@@ -8,7 +8,7 @@ use serde_json::{Value, json};
 
 use crate::agent::Agent;
 use crate::host;
-use crate::process::Finished;
+use crate::process::{Finished, Running};
 use crate::sandbox::{Place, Sandbox};
 
 /// A container whose only process is the tests' own program, on the sandbox's network and below its cgroup.
@@ -49,10 +49,16 @@ impl<'s> Container<'s> {
     /// Runs it from its start to its end.
     #[track_caller]
     pub fn run(&self) -> Finished {
+        self.begin().finish()
+    }
+
+    /// Starts it, to be waited for later.
+    #[track_caller]
+    pub fn begin(&self) -> Running {
         let runc = self.sandbox.program(Place::Outside, "runc");
         let root = self.sandbox.path("runc");
         let runc = runc.args(["--root", &root.to_string_lossy(), "run"]);
-        runc.args(["--bundle", &self.bundle.to_string_lossy(), &self.id]).run()
+        runc.args(["--bundle", &self.bundle.to_string_lossy(), &self.id]).begin()
     }
 }
 
