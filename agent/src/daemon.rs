@@ -218,13 +218,13 @@ impl Daemon {
             return Ok(api::Changed { services, notes: vec![], difference: Some(self.difference(&next)?) });
         }
         self.commit(next)?;
-        self.register_hook()?;
         let drop_ins: Vec<DropIn> =
             names.iter().zip(&scopes).filter_map(|(name, scope)| self.drop_in(name, scope)).collect();
         systemd::write_drop_ins(&drop_ins, self.config_file.as_deref()).map_err(drop_in_error("write"))?;
         let mut notes = self.proxy_notes();
         notes.extend(self.mode_notes());
-        notes.extend(self.hook_notes(&scopes));
+        let registered = self.register_hook();
+        notes.extend(self.hook_notes(&scopes, registered.err()));
         let cgroups = scopes.iter().map(|scope| self.workloads.cgroup(scope));
         let absent: Vec<bool> = cgroups.map(|cgroup| cgroup.is_none()).collect();
         for (name, _) in names.iter().zip(absent).filter(|(_, absent)| *absent) {
@@ -248,7 +248,7 @@ impl Daemon {
         let scopes: Vec<Scope> = names.iter().map(|name| Workloads::scope(&self.config, name)).collect();
         let units = scopes.iter().filter_map(Scope::unit);
         systemd::remove_drop_ins(units).map_err(drop_in_error("remove"))?;
-        self.register_hook()?;
+        self.register_hook().map_err(hook_error("remove"))?;
         names.iter().for_each(|name| started::forget(&self.config.paths.run, name));
         Ok(api::Changed { services, notes: vec![], difference: None })
     }
@@ -285,13 +285,12 @@ impl Daemon {
     }
 
     /// The hook is there while a container is enabled.
-    fn register_hook(&self) -> Result<(), Error> {
-        if self.state.containers().next().is_none() {
-            self.hook().remove().map_err(hook_error("remove"))
-        } else if self.hook().is_of_use() {
-            self.hook().write().map_err(hook_error("write"))
-        } else {
-            Ok(())
+    fn register_hook(&self) -> io::Result<()> {
+        let hook = self.hook();
+        match self.state.containers().next() {
+            None => hook.remove(),
+            Some(_) if hook.is_of_use() => hook.write(),
+            Some(_) => Ok(()),
         }
     }
 
@@ -495,11 +494,17 @@ impl Daemon {
         (self.mode == Mode::Hosts).then(|| note.to_owned())
     }
 
-    /// What has to be said of containers whose runtimes have no directory for hooks.
-    fn hook_notes(&self, scopes: &[Scope]) -> Option<String> {
-        let has_containers = scopes.iter().any(|scope| matches!(scope, Scope::Container(_)));
-        let note = "no podman or CRI-O is here to run the hook at containers' starts: unless another runtime was told to, a container that is started is found within a second";
-        (has_containers && !self.hook().is_of_use()).then(|| note.to_owned())
+    /// What has to be said of containers whose start is not waited for. They are steered all the same, if later.
+    fn hook_notes(&self, scopes: &[Scope], refused: Option<io::Error>) -> Option<String> {
+        let reason = match refused {
+            Some(error) => format!("write to {}: {error}", self.config.paths.hooks.display()),
+            None if self.hook().is_of_use() => return None,
+            None => "no podman or CRI-O is here to run it".to_owned(),
+        };
+        let note = format!(
+            "no hook was registered ({reason}): unless a runtime was told to run it, a container that is started is found within a second"
+        );
+        scopes.iter().any(|scope| matches!(scope, Scope::Container(_))).then_some(note)
     }
 
     fn proxy_notes(&mut self) -> Vec<String> {

@@ -102,6 +102,10 @@ fn the_hook_is_registered_while_a_container_is_enabled(sandbox: &Sandbox) {
     assert!(file.exists());
     mesh.agent.disable("api");
     assert!(!sandbox.path("hooks.d").exists());
+    fs::write(sandbox.path("hooks.d"), "").expect("put something in the way");
+    let enabled = Agent::command(sandbox, &["enable", "web"]);
+    assert!(enabled.ok().contains("no hook was registered (write to"), "{enabled:?}");
+    fs::remove_file(sandbox.path("hooks.d")).expect("take it away");
     mesh.agent.enable("web");
     mesh.agent.stop();
     Agent::command(sandbox, &["cleanup"]).ok();
