@@ -59,7 +59,7 @@ fn a_bad_proxy_configuration_is_refused_with_its_place(sandbox: &Sandbox) {
     for command in [["check", &file].as_slice(), &["run", "--config", &file]] {
         let refused = sandbox.program(Place::Proxy, binaries().join("mesh-proxy")).args(command).run();
         let complaint = refused.failed_with(2);
-        assert!(complaint.contains(&format!("{file}:9:14: ")), "{complaint}");
+        assert!(complaint.contains(&format!("{file}:10:14: ")), "{complaint}");
         assert!(
             complaint.contains("`catalogue`") && complaint.contains("expected one of: catalog"),
             "{complaint}"

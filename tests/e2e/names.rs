@@ -119,9 +119,9 @@ fn services_that_share_an_address_are_told_apart_by_their_names(sandbox: &Sandbo
     let more = format!(
         "virtual_hosts:\n  - {{ name: orders, domains: [orders.test], cluster: orders }}\n  - {{ name: stock, domains: [stock.test], cluster: stock }}\nclusters:\n  - {{ name: orders, endpoints: ['{a}'] }}\n  - {{ name: stock, endpoints: ['{b}'] }}\n"
     );
-    drop(_mesh.proxy);
+    drop(mesh.proxy);
     let _proxy =
-        tests::Proxy::start_with(sandbox, &format!("admin: 127.0.0.1:15000\ndns: {{ port: 15053 }}\n{more}"));
+        Proxy::start_with(sandbox, &format!("admin: 127.0.0.1:15000\ndns: {{ port: 15053 }}\n{more}"));
     sandbox.settle();
     for name in ["orders", "stock"] {
         // A name that no route knows, so that the address alone can tell.
