@@ -2,7 +2,7 @@
 
 use crate::{context, datagram, kernel::Kernel, maps};
 use agent_ebpf::{
-    Counters, Origin,
+    Counter, Origin,
     decide::{self, Attempt, Decision, Destination},
 };
 use aya_ebpf::{
@@ -31,53 +31,43 @@ pub fn connect6(ctx: &SockAddrContext) -> i32 {
     PROCEED
 }
 
-/// Where the connection shall go instead, if elsewhere.
+/// Where the connection shall go instead, if elsewhere. All that is not steered goes one way, since the verifier follows
+/// each.
 #[inline(always)]
 fn target(ctx: &SockAddrContext, attempt: &Attempt) -> Option<Destination> {
     let id = maps::scope();
     let kernel = Kernel::new(ctx, id);
     let family = attempt.destination.family;
-    match decide::connect(&kernel, attempt) {
-        Decision::Steer { proxy_port } => {
-            if remember(ctx, &attempt.destination, id) {
-                maps::count(id, |counters| &mut counters.steered);
-                return Some(Destination::loopback(family, proxy_port));
-            }
-            maps::count(id, |counters| &mut counters.errors);
-            match decide::without_proxy(kernel.service?) {
-                Decision::Refuse => Some(Destination::loopback(family, REFUSING_PORT)),
-                _ => direct(&attempt.destination),
-            }
+    let mut decision = decide::connect(&kernel, attempt);
+    let mut forgotten = false;
+    if let Decision::Steer { proxy_port } = decision {
+        if remember(ctx, &attempt.destination, id) {
+            maps::count(id, Counter::Steered);
+            return Some(Destination::loopback(family, proxy_port));
         }
-        Decision::Query { dns_port } => datagram::target(&attempt.destination, dns_port, id),
-        Decision::Refuse => {
-            maps::count(id, |counters| &mut counters.refused);
-            forget(ctx);
-            Some(Destination::loopback(family, REFUSING_PORT))
-        }
-        Decision::PassByRule => leave(ctx, attempt, id, |counters| &mut counters.passed_by_rule),
-        Decision::Observe => leave(ctx, attempt, id, |counters| &mut counters.observed),
-        Decision::PassProxyAbsent => leave(ctx, attempt, id, |counters| &mut counters.passed_proxy_absent),
-        Decision::Ignore => None,
+        decision = decide::without_proxy(kernel.service?);
+        forgotten = true;
+    }
+    let counter = match decision {
+        Decision::Query { dns_port } => return datagram::target(&attempt.destination, dns_port, id),
+        Decision::Ignore | Decision::Steer { .. } => return None,
+        _ if forgotten => Counter::Errors,
+        Decision::Refuse => Counter::Refused,
+        Decision::PassByRule => Counter::PassedByRule,
+        Decision::Observe => Counter::Observed,
+        Decision::PassProxyAbsent => Counter::PassedProxyAbsent,
+    };
+    maps::count(id, counter);
+    forget(ctx);
+    match decision {
+        Decision::Refuse => Some(Destination::loopback(family, REFUSING_PORT)),
+        _ => direct(&attempt.destination),
     }
 }
 
 /// Nothing can listen on port zero, so a connect to it is refused as by any closed port. A hook's own refusal would be
 /// EPERM before Linux 5.18, which no application expects.
 const REFUSING_PORT: u16 = 0;
-
-/// Counts a connection that is left alone.
-#[inline(always)]
-fn leave(
-    ctx: &SockAddrContext,
-    attempt: &Attempt,
-    service: u32,
-    counter: impl Fn(&mut Counters) -> &mut u64,
-) -> Option<Destination> {
-    maps::count(service, counter);
-    forget(ctx);
-    direct(&attempt.destination)
-}
 
 /// A virtual address leads nowhere: what is not steered goes to an endpoint of the name that has it.
 #[inline(always)]

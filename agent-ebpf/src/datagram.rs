@@ -2,8 +2,8 @@
 
 use crate::{context, kernel::Kernel, maps};
 use agent_ebpf::{
-    DNS_PORT, RESOLVER_PORTS, ResolverKey,
-    decide::{self, Attempt, Decision, Destination},
+    Counter, DNS_PORT, RESOLVER_PORTS, ResolverKey,
+    decide::{self, Attempt, Decision, Destination, Transport},
 };
 use aya_ebpf::programs::SockAddrContext;
 
@@ -31,7 +31,9 @@ pub fn sendmsg6(ctx: &SockAddrContext) -> i32 {
 #[inline(always)]
 fn query(ctx: &SockAddrContext, attempt: &Attempt) -> Option<Destination> {
     let id = maps::scope();
-    match decide::datagram(&Kernel::new(ctx, id), attempt) {
+    // Known here, so that the compiler leaves out what is for streams.
+    let attempt = Attempt { transport: Transport::Udp, ..*attempt };
+    match decide::connect(&Kernel::new(ctx, id), &attempt) {
         Decision::Query { dns_port } => target(&attempt.destination, dns_port, id),
         _ => None,
     }
@@ -45,12 +47,12 @@ pub fn target(resolver: &Destination, dns_port: u16, service: u32) -> Option<Des
     while tries < RESOLVER_PORTS {
         let port = decide::resolver_port(resolver, dns_port, tries);
         if maps::stands_for(&ResolverKey { family, port }, &resolver.addr) {
-            maps::count(service, |counters| &mut counters.queries);
+            maps::count(service, Counter::Queries);
             return Some(Destination::loopback(family, port));
         }
         tries += 1;
     }
-    maps::count(service, |counters| &mut counters.errors);
+    maps::count(service, Counter::Errors);
     None
 }
 

@@ -311,6 +311,27 @@ shared! {
     }
 }
 
+/// One of [`Counters`], by its place among them.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Counter {
+    /// [`Counters::steered`].
+    Steered,
+    /// [`Counters::passed_by_rule`].
+    PassedByRule,
+    /// [`Counters::passed_proxy_absent`].
+    PassedProxyAbsent,
+    /// [`Counters::refused`].
+    Refused,
+    /// [`Counters::errors`].
+    Errors,
+    /// [`Counters::observed`].
+    Observed,
+    /// [`Counters::queries`].
+    Queries,
+}
+
+const _: () = assert!(size_of::<Counters>() == (Counter::Queries as usize + 1) * size_of::<u64>());
+
 impl Counters {
     /// Nothing happened yet.
     pub const ZERO: Self = Self {

@@ -6,9 +6,9 @@
 
 use crate::{context, maps};
 use agent_ebpf::{
-    AF_INET, AF_INET6, DNS_PORT, MESH_REDIRECT_HEARTBEAT, MESH_REDIRECT_ORIGIN, MESH_REDIRECT_RESOLVER,
-    NAME_LEN, ORIGIN_OPTION_VERSION, Origin, OriginOption, RESOLVER_OPTION_VERSION, ResolverKey,
-    ResolverOption, SO_ORIGINAL_DST, SOL_IP, SOL_IPV6, SOL_MESH_REDIRECT,
+    AF_INET, AF_INET6, Counter, DNS_PORT, MESH_REDIRECT_HEARTBEAT, MESH_REDIRECT_ORIGIN,
+    MESH_REDIRECT_RESOLVER, NAME_LEN, ORIGIN_OPTION_VERSION, Origin, OriginOption, RESOLVER_OPTION_VERSION,
+    ResolverKey, ResolverOption, SO_ORIGINAL_DST, SOL_IP, SOL_IPV6, SOL_MESH_REDIRECT,
 };
 use aya_ebpf::{
     bindings::{
@@ -56,7 +56,7 @@ fn set_out(ctx: &SockOpsContext) {
     if maps::add_connection(&context::ends_at_client(ctx, origin.family), origin) {
         tell_state(ctx);
     } else {
-        maps::count(origin.service, |counters| &mut counters.errors);
+        maps::count(origin.service, Counter::Errors);
     }
 }
 

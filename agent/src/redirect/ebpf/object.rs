@@ -12,10 +12,11 @@ use aya::{
     util::KernelVersion,
 };
 use std::{
-    collections::BTreeSet,
+    collections::{BTreeMap, BTreeSet},
     fs, io,
     os::fd::{AsFd as _, OwnedFd},
     path::Path,
+    thread,
 };
 
 /// Built by the build script from `agent-ebpf`.
@@ -26,22 +27,33 @@ static OBJECT: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/me
 pub(super) fn load(pins: &Pins, loader: Loader) -> Result<(), Error> {
     pins.create()?;
     let mut ebpf = load_object(pins, loader)?;
-    let mut same = pins.exist();
-    for program in programs::all() {
-        let error = |cause| Error::Program { name: program.name, cause: Box::new(cause) };
-        let loaded = ebpf.program_mut(program.name).ok_or_else(|| error(ProgramError::NotLoaded))?;
-        load_program(loaded).map_err(error)?;
-        same = same && is_pinned(pins, program, loaded);
-    }
-    if same {
+    load_programs(&mut ebpf)?;
+    let loaded = |program: Program| {
+        let absent = || Error::Program { name: program.name, cause: Box::new(ProgramError::NotLoaded) };
+        ebpf.program(program.name).map(|loaded| (program, loaded)).ok_or_else(absent)
+    };
+    let loaded: Vec<_> = programs::all().map(loaded).collect::<Result<_, _>>()?;
+    if pins.exist() && loaded.iter().all(|(program, loaded)| is_pinned(pins, *program, loaded)) {
         return Ok(());
     }
-    for program in programs::all() {
-        let error = |cause| Error::Program { name: program.name, cause: Box::new(cause) };
-        let loaded = ebpf.program(program.name).ok_or_else(|| error(ProgramError::NotLoaded))?;
+    for (program, loaded) in loaded {
         replace_pin(pins, program, loaded)?;
     }
     update_links(pins)
+}
+
+/// Loads every program, all at once: the kernel takes milliseconds to verify one, and somebody waits for `enable`.
+fn load_programs(ebpf: &mut Ebpf) -> Result<(), Error> {
+    thread::scope(|scope| {
+        let load = |(name, program)| (name, scope.spawn(move || load_program(program)));
+        let mut loads: BTreeMap<&str, _> = ebpf.programs_mut().map(load).collect();
+        programs::all().try_for_each(|Program { name, .. }| {
+            let loaded = loads.remove(name).and_then(|load| load.join().ok());
+            loaded
+                .unwrap_or(Err(ProgramError::NotLoaded))
+                .map_err(|cause| Error::Program { name, cause: Box::new(cause) })
+        })
+    })
 }
 
 /// Whether the program that is pinned has the same instructions.
@@ -58,11 +70,7 @@ pub(super) fn load_if_absent(pins: &Pins) -> Result<(), Error> {
 /// Loads the programs and lets them go again: whether this kernel takes them.
 pub(crate) fn try_load() -> Result<(), Error> {
     let mut ebpf = loader().load(OBJECT).map_err(|error| Error::Load(Box::new(error)))?;
-    for Program { name, .. } in programs::all() {
-        let error = |cause| Error::Program { name, cause: Box::new(cause) };
-        load_program(ebpf.program_mut(name).ok_or_else(|| error(ProgramError::NotLoaded))?).map_err(error)?;
-    }
-    Ok(())
+    load_programs(&mut ebpf)
 }
 
 /// Programs of others' at the connect hooks of a cgroup, as `NAME (id ID)`.
