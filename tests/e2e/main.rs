@@ -5,7 +5,8 @@
 
 #![expect(clippy::expect_used, reason = "what a scenario expects fails the test, with a message")]
 
-/// Makes of each scenario one test for every mode of steering, or for those that are named.
+/// Makes of each scenario one test for every mode that the kernel carries out, for every mode, or for the one that is
+/// named.
 macro_rules! scenarios {
     (only ebpf: $($scenario:ident),+ $(,)?) => {
         $(
@@ -24,6 +25,15 @@ macro_rules! scenarios {
     (only hosts: $($scenario:ident),+ $(,)?) => {
         $(
             mod $scenario {
+                scenarios!(@test $scenario, hosts, Hosts);
+            }
+        )+
+    };
+    (everywhere: $($scenario:ident),+ $(,)?) => {
+        $(
+            mod $scenario {
+                scenarios!(@test $scenario, ebpf, Ebpf);
+                scenarios!(@test $scenario, nftables, Nftables);
                 scenarios!(@test $scenario, hosts, Hosts);
             }
         )+

@@ -145,9 +145,6 @@ fn a_host_that_refuses_both_gets_names(sandbox: &Sandbox) {
     root.write("etc/systemd/system/shop.service", BY_NAME);
     shop.restrict("mesh-redirect", &format!("{WITHOUT_BPF}{WITHOUT_NETLINK}"));
     shop.install();
-    let ports = PROXY_CONFIG.replace("cluster: catalog\n", "cluster: catalog\n    ports: [8080]\n");
-    root.write("etc/mesh-redirect/proxy.yaml", &ports);
-    shop.run("systemctl restart mesh-proxy");
     let log = shop.run("journalctl --unit mesh-redirect --output cat");
     let chosen = log.contains("no ebpf: ") && log.contains("no nftables: ") && log.contains("mode=hosts");
     assert!(chosen, "{log}");

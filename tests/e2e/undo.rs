@@ -1,10 +1,11 @@
 //! As if it had never been there.
 
+use std::fs;
+
 use tests::{Agent, Footprint, Mesh, ORIGIN, Place, Sandbox, answers, ask, slow_request};
 
-scenarios![
-    disabling_the_last_service_leaves_nothing_in_the_kernel,
-    a_steered_connection_outlives_disable,
+scenarios![disabling_the_last_service_leaves_nothing_in_the_kernel, a_steered_connection_outlives_disable,];
+scenarios![everywhere:
     cleanup_needs_no_daemon_and_leaves_nothing,
     cleanup_refuses_while_a_daemon_runs,
     cleanup_may_be_repeated,
@@ -39,13 +40,14 @@ fn cleanup_needs_no_daemon_and_leaves_nothing(sandbox: &Sandbox) {
     mesh.agent.enable("stock");
     answers(sandbox).are_balanced();
     let steering = Footprint::of(sandbox);
-    assert!(!steering.is_empty());
+    assert_eq!(steering.is_empty(), !sandbox.mode.is_in_kernel());
     mesh.agent.sigkill();
 
     Agent::command(sandbox, &["cleanup"]).ok();
     assert_eq!(Footprint::of(sandbox), Footprint::default());
     steering.is_gone();
     assert!(!sandbox.pins().exists(), "{} is still there", sandbox.pins().display());
+    assert_eq!(fs::read_to_string(sandbox.hosts()).expect("the hosts file"), "127.0.0.1 localhost\n");
     ask(sandbox, Place::Shop, &format!("{ORIGIN}:8080")).is("origin");
 
     let agent = Agent::restart(sandbox);

@@ -38,7 +38,7 @@ pub use container::Container;
 pub use host::{binaries, binary, use_binaries};
 pub use kernel::Footprint;
 pub use machine::{Machine, Release, Root};
-pub use mesh::{Answers, Mesh, answers, ask, ask_with, slow_request};
+pub use mesh::{Answers, Mesh, answers, application, ask, ask_with, slow_request, url};
 pub use netns::{INSTANCES, ORIGIN, ORIGIN_V6, RESOLVERS};
 pub use process::{Conversation, Finished, Process, Program, Running};
 pub use proxy::{CONFIG as PROXY_CONFIG, Metrics, Proxy};

@@ -7,10 +7,11 @@ use std::time::Duration;
 use serde::{Deserialize, Serialize};
 
 use crate::agent::Agent;
-use crate::netns::{INSTANCES, ORIGIN, ORIGIN_V6};
+use crate::netns::{INSTANCES, ORIGIN, ORIGIN_V6, RESOLVERS};
+use crate::process::Program;
 use crate::process::{Finished, Running};
 use crate::proxy::Proxy;
-use crate::sandbox::{Place, Sandbox};
+use crate::sandbox::{Mode, Place, Sandbox};
 use crate::upstream::Upstream;
 
 /// The agent, the proxy, the two instances of `catalog` that the proxy knows, and the server that an application reaches
@@ -27,6 +28,8 @@ pub struct Mesh<'s> {
     pub instances: [Upstream; 2],
     /// On 8080 and 8081, in both families.
     pub origin: Upstream,
+    /// Where nothing but names can be steered: who knows them when they are not.
+    _resolver: Option<Upstream>,
 }
 
 impl<'s> Mesh<'s> {
@@ -45,6 +48,8 @@ impl<'s> Mesh<'s> {
             origin: Upstream::http(sandbox, "origin", &origin.each_ref().map(String::as_str)),
             agent: Agent::start(sandbox, settings),
             proxy: Proxy::start(sandbox),
+            _resolver: (sandbox.mode == Mode::Hosts)
+                .then(|| Upstream::resolver(sandbox, Place::Peer, "resolver", &[RESOLVERS[0]])),
         }
     }
 
@@ -57,13 +62,31 @@ impl<'s> Mesh<'s> {
     }
 }
 
+/// A program of the shop's that reaches `catalog` at [`url`], as it would without a mesh.
+pub fn application<'s>(sandbox: &'s Sandbox, program: &str) -> Program<'s> {
+    at(sandbox, Place::Shop, program)
+}
+
+fn at<'s>(sandbox: &'s Sandbox, place: Place, program: &str) -> Program<'s> {
+    match sandbox.mode {
+        Mode::Hosts => sandbox.resolving(place, RESOLVERS[0], program),
+        Mode::Ebpf | Mode::Nftables => sandbox.program(place, program),
+    }
+}
+
+/// Where an [`application`] finds `catalog`: at its address, or by its name where nothing else can be steered.
+pub fn url(sandbox: &Sandbox) -> String {
+    let host = if sandbox.mode == Mode::Hosts { "catalog" } else { ORIGIN };
+    format!("http://{host}:8080/")
+}
+
 /// Who answers the shop's curl, asked six times.
 #[track_caller]
 pub fn answers(sandbox: &Sandbox) -> Answers {
     (0..6).map(|_| ask(sandbox, Place::Shop, &format!("{ORIGIN}:8080")).ok().to_owned()).collect()
 }
 
-/// `curl http://catalog:PORT/` where the name resolves to the given address.
+/// `curl http://catalog:PORT/` where the name resolves to the given address, unless it is the name that is steered.
 #[track_caller]
 pub fn ask(sandbox: &Sandbox, place: Place, address: &str) -> Finished {
     ask_with(sandbox, place, address, &[])
@@ -74,8 +97,9 @@ pub fn ask(sandbox: &Sandbox, place: Place, address: &str) -> Finished {
 pub fn ask_with(sandbox: &Sandbox, place: Place, address: &str, more: &[&str]) -> Finished {
     let (host, port) = address.rsplit_once(':').expect("ADDRESS:PORT");
     let (resolve, url) = (format!("catalog:{port}:{host}"), format!("http://catalog:{port}"));
-    let curl = sandbox.program(place, "curl").args(["--silent", "--show-error", "--max-time", "5"]);
-    curl.args(["--resolve", &resolve, &url]).args(more).run()
+    let curl = at(sandbox, place, "curl").args(["--silent", "--show-error", "--max-time", "5"]);
+    let resolved = if sandbox.mode == Mode::Hosts { vec![] } else { vec!["--resolve", &resolve] };
+    curl.args(resolved).arg(&url).args(more).run()
 }
 
 /// A request that is being answered: half of the answer has come, the rest takes a second more.

@@ -22,6 +22,7 @@ virtual_hosts:
   - name: catalog
     domains: [catalog, 10.77.0.10]
     cluster: catalog
+    ports: [8080]
 clusters:
   - name: catalog
     endpoints: [10.77.0.2:8080, 10.77.0.3:8080]

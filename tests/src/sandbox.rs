@@ -49,6 +49,11 @@ impl Mode {
     /// Those that the kernel carries out.
     pub const IN_KERNEL: [Self; 2] = [Self::Ebpf, Self::Nftables];
 
+    /// Whether it counts what it steers, and steers connections to addresses: a hosts file does neither.
+    pub fn is_in_kernel(self) -> bool {
+        self != Self::Hosts
+    }
+
     /// As agent.yaml writes it.
     pub fn name(self) -> &'static str {
         match self {
@@ -126,13 +131,16 @@ impl Sandbox {
         Program::new(&self.here, &self.cgroup.below(cgroup), program.as_ref())
     }
 
-    /// A program of the machine's that looks names up as a resolv.conf of its own says.
+    /// A program of the machine's that looks names up in the sandbox's hosts file, and then as a resolv.conf of its own
+    /// says.
     pub fn resolving(&self, place: Place, resolver: &str, program: &str) -> Program<'_> {
         let file = self.path(&format!("resolv.conf-{resolver}"));
         fs::write(&file, format!("nameserver {resolver}\noptions timeout:2 attempts:2\n"))
             .expect("write resolv.conf");
-        let shell = r#"mount --bind "$0" /etc/resolv.conf && exec "$@""#;
-        self.program(place, "unshare").args(["--mount", "sh", "-c", shell, &file.to_string_lossy(), program])
+        let shell =
+            r#"mount --bind "$0" /etc/resolv.conf && mount --bind "$1" /etc/hosts && shift && exec "$@""#;
+        let files = [file, self.hosts()].map(|file| file.display().to_string());
+        self.program(place, "unshare").args(["--mount", "sh", "-c", shell]).args(files).arg(program)
     }
 
     /// Connects, or does whatever else, where the service and the proxy are.
