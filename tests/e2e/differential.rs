@@ -3,16 +3,30 @@
 use std::env;
 use std::io::{Write, stderr};
 use std::sync::LazyLock;
-use std::time::{SystemTime, UNIX_EPOCH};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use serde::Deserialize;
-use tests::{Agent, Place, Proxy, Sandbox};
+use tests::{Agent, Place, Proxy, Sandbox, eventually};
 
 scenarios![the_kernel_decides_as_policies_are_defined];
 
 /// In each mode; there are two.
 const POLICIES: usize = 60;
 const CONNECTIONS: usize = 100;
+/// To a few resolvers, since no more than sixteen of a family are told apart.
+const QUERIES: usize = 10;
+
+/// A service of the proxy's that is in the random world, by addresses and by instances.
+const PROXY: &str = "\
+admin: 127.0.0.1:15000
+dns: { port: 15053 }
+virtual_hosts:
+  - { name: stock, domains: [stock.test, 10.0.0.3, 10.0.0.12], cluster: stock }
+clusters:
+  - { name: stock, endpoints: ['10.0.0.6:7', '10.0.0.3:9', '[fd00::9]:8', '[fd00::4]:3'] }
+";
+
+const SOON: Duration = Duration::from_secs(5);
 
 /// Every mode gets the same policies and connections. A run can be repeated by its seed.
 static SEED: LazyLock<u64> = LazyLock::new(|| {
@@ -30,13 +44,16 @@ fn the_kernel_decides_as_policies_are_defined(sandbox: &Sandbox) {
         sandbox.program(Place::Outside, "ip").args(add).run().ok();
     }
     let services: Vec<String> = (0..POLICIES).map(|number| format!("random{number}")).collect();
-    let settings: String = services.iter().map(|name| random.service(sandbox, name)).collect();
+    let settings: Vec<(String, bool)> = services.iter().map(|name| random.service(sandbox, name)).collect();
+    let captures_dns: Vec<bool> = settings.iter().map(|(_, dns)| *dns).collect();
+    let settings: String = settings.into_iter().map(|(settings, _)| settings).collect();
     let agent = Agent::start(sandbox, &settings);
-    let _proxy = Proxy::start(sandbox);
+    let _proxy = Proxy::start_with(sandbox, PROXY);
+    eventually("the daemon knows what is routed", SOON, || sandbox.path("state/routable.json").exists());
     agent.enable_all(&services);
 
-    let mut decisions = 0;
-    for name in &services {
+    let (mut decisions, mut queries) = (0, 0);
+    for (name, captures_dns) in services.iter().zip(captures_dns) {
         let destinations: Vec<String> = (0..CONNECTIONS).map(|_| random.destination()).collect();
         let defined = explained(sandbox, name, &destinations);
         let connect = [["decide"].as_slice(), &refs(&destinations)].concat();
@@ -47,8 +64,19 @@ fn the_kernel_decides_as_policies_are_defined(sandbox: &Sandbox) {
             assert_eq!(steered, expected.steered, "seed {}, {name}: {expected:?}\n{settings}", *SEED);
             decisions += 1;
         }
+        let resolvers: Vec<String> = (0..QUERIES).map(|_| random.resolver()).collect();
+        let defined = explained(sandbox, name, &resolvers);
+        let ask = [["decide-queries", "stock.test"].as_slice(), &refs(&resolvers)].concat();
+        let observed = sandbox.peer_in(&format!("random/{name}")).args(ask).run();
+        for (line, expected) in observed.ok().lines().zip(&defined) {
+            let expected_line = if captures_dns && expected.steered { "steered" } else { "passed" };
+            assert_eq!(line, expected_line, "seed {}, {name}, a query: {expected:?}\n{settings}", *SEED);
+            queries += 1;
+        }
     }
-    assert_eq!(decisions, POLICIES * CONNECTIONS);
+    assert_eq!((decisions, queries), (POLICIES * CONNECTIONS, POLICIES * QUERIES));
+    let asked = agent.status().services.iter().map(|service| service.counters.queries).sum::<u64>();
+    assert!(asked > 0 && asked < queries as u64, "nothing but one answer tests nothing: {asked}");
     let counted = agent.status().services.iter().map(|service| service.counters.steered).sum::<u64>();
     assert!(counted > 0 && counted < decisions as u64, "nothing but one answer tests nothing: {counted}");
 }
@@ -84,12 +112,14 @@ impl Random {
         (self.0 >> 16) % bound
     }
 
-    fn service(&mut self, sandbox: &Sandbox, name: &str) -> String {
+    /// Its settings, and whether its queries are captured.
+    fn service(&mut self, sandbox: &Sandbox, name: &str) -> (String, bool) {
         let cgroup = sandbox.cgroup_at(&format!("random/{name}"));
         let (include, exclude) = (self.captures(1), self.captures(0));
-        format!(
-            "  {name}: {{ cgroup: {cgroup}, capture: {{ include: [{include}], exclude: [{exclude}] }} }}\n"
-        )
+        let base = ["all", "routable", "listed", "listed"][self.below(4) as usize];
+        let dns = self.below(3) == 0;
+        let capture = format!("base: {base}, dns: {dns}, include: [{include}], exclude: [{exclude}]");
+        (format!("  {name}: {{ cgroup: {cgroup}, capture: {{ {capture} }} }}\n"), dns)
     }
 
     fn captures(&mut self, at_least: u64) -> String {
@@ -99,8 +129,9 @@ impl Random {
 
     fn capture(&mut self) -> String {
         let ports = (0..self.below(4)).map(|_| self.ports()).collect::<Vec<_>>().join(", ");
-        match self.below(5) {
+        match self.below(6) {
             0 if !ports.is_empty() => format!("{{ ports: [{ports}] }}"),
+            5 => format!("{{ service: stock, ports: [{ports}] }}"),
             0 | 1 => format!("'{}'", self.net()),
             _ => format!("{{ cidr: '{}', ports: [{ports}] }}", self.net()),
         }
@@ -129,8 +160,13 @@ impl Random {
         }
     }
 
+    fn resolver(&mut self) -> String {
+        let host = self.below(8);
+        if self.below(2) == 0 { format!("10.0.0.{host}:53") } else { format!("[fd00::{host:x}]:53") }
+    }
+
     fn destination(&mut self) -> String {
-        let (host, port) = (self.below(16), 1 + self.below(20));
+        let (host, port) = (self.below(16), if self.below(10) == 0 { 53 } else { 1 + self.below(20) });
         match self.below(10) {
             0 => format!("169.254.0.{host}:{port}"),
             1 => format!("127.0.0.{}:{port}", host + 1),

@@ -73,6 +73,7 @@ mod liveness;
 mod names;
 mod nftables;
 mod origins;
+mod routable;
 mod scope;
 mod systemd;
 mod tunnel;

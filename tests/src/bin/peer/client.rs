@@ -65,6 +65,31 @@ pub(crate) fn decide(addresses: &[&str]) -> anyhow::Result<()> {
     Ok(())
 }
 
+/// Asks for a name where nobody answers but the proxy.
+pub(crate) fn decide_queries(name: &str, addresses: &[&str]) -> anyhow::Result<()> {
+    for address in addresses {
+        let address: SocketAddr = address.parse()?;
+        let any = if address.is_ipv4() { "0.0.0.0:0" } else { "[::]:0" };
+        let socket = UdpSocket::bind(any)?;
+        socket.set_read_timeout(Some(Duration::from_secs(5)))?;
+        socket.connect(address)?;
+        socket.send(&query(name))?;
+        match socket.recv(&mut [0; 512]) {
+            Ok(_) => println!("steered"),
+            Err(error) if error.kind() == io::ErrorKind::ConnectionRefused => println!("passed"),
+            Err(error) => println!("{error}"),
+        }
+    }
+    Ok(())
+}
+
+/// For an IPv4 address (RFC 1035 §4.1).
+fn query(name: &str) -> Vec<u8> {
+    let labels = name.split('.').flat_map(|label| [&[label.len() as u8], label.as_bytes()].concat());
+    let head = [0x12, 0x34, 1, 0, 0, 1, 0, 0, 0, 0, 0, 0];
+    head.into_iter().chain(labels).chain([0, 0, 1, 0, 1]).collect()
+}
+
 /// Sends a request a byte at a time, as a network with the smallest packets would.
 pub(crate) fn dribble(address: SocketAddr) -> anyhow::Result<()> {
     let mut stream = TcpStream::connect(address)?;
