@@ -223,6 +223,7 @@ impl Daemon {
         systemd::write_drop_ins(&drop_ins, self.config_file.as_deref()).map_err(drop_in_error("write"))?;
         let mut notes = self.proxy_notes();
         notes.extend(self.mode_notes());
+        notes.extend(self.dns_notes(&names));
         let registered = self.register_hook();
         notes.extend(self.hook_notes(&scopes, registered.err()));
         let cgroups = scopes.iter().map(|scope| self.workloads.cgroup(scope));
@@ -505,6 +506,15 @@ impl Daemon {
             "no hook was registered ({reason}): unless a runtime was told to run it, a container that is started is found within a second"
         );
         scopes.iter().any(|scope| matches!(scope, Scope::Container(_))).then_some(note)
+    }
+
+    /// Where queries that shall be captured will not be.
+    fn dns_notes(&self, names: &[String]) -> Option<String> {
+        let captures_dns = names.iter().any(|name| self.config.policy(name).dns);
+        let resolver = probe::resolver_on_localhost().filter(|_| captures_dns && self.mode != Mode::Hosts)?;
+        Some(format!(
+            "this host's resolver is {resolver}: queries to it are not captured, and those it sends on are its own"
+        ))
     }
 
     fn proxy_notes(&mut self) -> Vec<String> {

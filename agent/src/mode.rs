@@ -19,7 +19,7 @@ pub(crate) enum Mode {
 pub(crate) const ALL: [Mode; 3] = [Mode::Ebpf, Mode::Nftables, Mode::Hosts];
 
 /// What each mode can and cannot do, in the order of [`ALL`]. The README has the same table.
-pub(crate) const CAPABILITIES: [(&str, [&str; ALL.len()]); 12] = [
+pub(crate) const CAPABILITIES: [(&str, [&str; ALL.len()]); 14] = [
     ("TCP to names and to addresses, IPv4, IPv6 and IPv4-mapped", ["yes", "yes", "names only, IPv4"]),
     ("static binaries, any language and C library", ["yes", "yes", "where they read the hosts file"]),
     ("a service is", ["a cgroup", "a cgroup or a user", "every process of the host"]),
@@ -33,12 +33,23 @@ pub(crate) const CAPABILITIES: [(&str, [&str; ALL.len()]); 12] = [
             "nothing changes, also when the proxy goes too",
         ],
     ),
-    ("a unit restarts: steered from its first connection", ["yes", "while the daemon runs", "yes"]),
+    (
+        "a unit or a container restarts: steered from its first connection",
+        ["yes", "while the daemon runs", "yes"],
+    ),
     ("the application sees the peer it asked for", ["yes", "yes", "a loopback address"]),
     ("the proxy knows the service of a connection", ["yes", "yes", "no"]),
     ("connections are counted", ["yes", "yes", "by the proxy alone"]),
     ("other network namespaces than the daemon's", ["yes", "no", "no"]),
-    ("UDP", ["no", "no", "no"]),
+    (
+        "DNS: queries go to the proxy, which answers for its names",
+        ["yes", "yes, where virtual addresses have a route", "no need: the names are in the file"],
+    ),
+    (
+        "services that share an address and a port are told apart",
+        ["by HTTP, or by name with DNS", "by HTTP, or by name with DNS", "by name"],
+    ),
+    ("other UDP", ["no", "no", "no"]),
 ];
 
 /// What the configuration asks for.

@@ -7,6 +7,7 @@ use crate::{
 };
 use std::{
     fs, io,
+    net::IpAddr,
     os::unix::fs::MetadataExt as _,
     path::{Path, PathBuf},
 };
@@ -58,6 +59,18 @@ pub(crate) fn cgroup2_mount() -> Result<PathBuf, ProbeError> {
     // Some hosts mount a part of the hierarchy too; the root of the whole has inode 1.
     let whole = candidates.iter().find(|dir| fs::metadata(dir).is_ok_and(|metadata| metadata.ino() == 1));
     whole.or(candidates.first()).cloned().ok_or(ProbeError::NoCgroup2)
+}
+
+/// The host's resolver, where it has none but on localhost, whose queries no mode captures.
+pub(crate) fn resolver_on_localhost() -> Option<IpAddr> {
+    only_on_localhost(&fs::read_to_string("/etc/resolv.conf").ok()?)
+}
+
+/// Of the text of resolv.conf(5).
+fn only_on_localhost(text: &str) -> Option<IpAddr> {
+    let server = |line: &str| line.strip_prefix("nameserver")?.trim().parse::<IpAddr>().ok();
+    let servers: Vec<IpAddr> = text.lines().filter_map(server).collect();
+    servers.first().filter(|_| servers.iter().all(IpAddr::is_loopback)).copied()
 }
 
 /// Whether a path, or the nearest directory above it that exists, is on a BPF file system.
@@ -120,6 +133,15 @@ mod tests {
                     32 30 0:28 / /mnt/a\\040b rw - cgroup2 none rw\n\
                     broken line\n";
         assert_eq!(mounts_of(text, "cgroup2"), [Path::new("/sys/fs/cgroup/unified"), Path::new("/mnt/a b")]);
+    }
+
+    #[test]
+    fn a_resolver_elsewhere_makes_one_on_localhost_no_matter() {
+        let found = |text: &str| only_on_localhost(text).map(|address| address.to_string());
+        assert_eq!(found("# x\nnameserver 127.0.0.53\noptions edns0\n").as_deref(), Some("127.0.0.53"));
+        assert_eq!(found("nameserver ::1\nnameserver 127.0.0.1\n").as_deref(), Some("::1"));
+        assert_eq!(found("nameserver 127.0.0.1\nnameserver 10.0.0.2\n"), None);
+        assert_eq!(found("search example.com\n"), None);
     }
 
     #[test]

@@ -40,7 +40,7 @@ fn what_others_have_is_untouched_and_works_on(sandbox: &Sandbox) {
             && before.contains("somebody_else")
     );
 
-    let mesh = Mesh::start(sandbox, "");
+    let mesh = Mesh::start(sandbox, "capture: { dns: true }\n");
     mesh.agent.enable_all(&["shop".to_owned(), "stock".to_owned()]);
     answers(sandbox).are_balanced();
     // A service that is not ours still gets its translations.
