@@ -1,0 +1,206 @@
+//! Enabling and disabling: what is asked for, what it would change, and what has to be said of it.
+
+use super::{Daemon, Error};
+use crate::{
+    api,
+    config::{Failure, Scope, check_name},
+    mode::Mode,
+    plan, probe,
+    state::{Container, State},
+    workload::{
+        self, Workloads,
+        hooks_dir::Hook,
+        started,
+        systemd::{self, DropIn},
+    },
+};
+use globset::Glob;
+use similar::{ChangeTag, TextDiff};
+use std::{collections::BTreeSet, io};
+
+impl Daemon {
+    pub(super) fn enable(&mut self, change: &api::Change) -> Result<api::Changed, Error> {
+        let mut known: Vec<String> = self.config.services.keys().cloned().collect();
+        if change.all_matching {
+            known.extend(workload::unit_services());
+        }
+        let names = expand(&change.services, &known)?;
+        let scopes = self.workloads.resolve(&self.config, &names)?;
+        let mut next = self.state.clone();
+        let services = names.iter().map(|service| api::ChangedService {
+            service: service.clone(),
+            changed: next.enable(service, change.observe),
+        });
+        let services = services.collect();
+        for (name, scope) in names.iter().zip(&scopes) {
+            next.set_container(name, self.container(name, scope));
+        }
+        if change.dry_run {
+            return Ok(api::Changed { services, notes: vec![], difference: Some(self.difference(&next)?) });
+        }
+        self.commit(next)?;
+        let drop_ins: Vec<DropIn> =
+            names.iter().zip(&scopes).filter_map(|(name, scope)| self.drop_in(name, scope)).collect();
+        systemd::write_drop_ins(&drop_ins, self.config_file.as_deref()).map_err(drop_in_error("write"))?;
+        let mut notes = self.proxy_notes();
+        notes.extend(self.mode_notes());
+        notes.extend(self.dns_notes(&names));
+        let registered = self.register_hook();
+        notes.extend(self.hook_notes(&scopes, registered.err()));
+        let cgroups = scopes.iter().map(|scope| self.workloads.cgroup(scope));
+        let absent: Vec<bool> = cgroups.map(|cgroup| cgroup.is_none()).collect();
+        for (name, _) in names.iter().zip(absent).filter(|(_, absent)| *absent) {
+            notes.push(format!("{name} does not run now; it will be steered from its first connection"));
+        }
+        Ok(api::Changed { services, notes, difference: None })
+    }
+
+    pub(super) fn disable(&mut self, change: &api::Change) -> Result<api::Changed, Error> {
+        let enabled: Vec<String> = self.state.iter().map(|(name, _)| name.to_owned()).collect();
+        let names = expand(&change.services, &enabled)?;
+        let mut next = self.state.clone();
+        let services = names
+            .iter()
+            .map(|service| api::ChangedService { service: service.clone(), changed: next.disable(service) });
+        let services = services.collect();
+        if change.dry_run {
+            return Ok(api::Changed { services, notes: vec![], difference: Some(self.difference(&next)?) });
+        }
+        self.commit(next)?;
+        let scopes: Vec<Scope> = names.iter().map(|name| Workloads::scope(&self.config, name)).collect();
+        let units = scopes.iter().filter_map(Scope::unit);
+        systemd::remove_drop_ins(units).map_err(drop_in_error("remove"))?;
+        self.register_hook().map_err(hook_error("remove"))?;
+        names.iter().for_each(|name| started::forget(&self.config.paths.run, name));
+        Ok(api::Changed { services, notes: vec![], difference: None })
+    }
+
+    /// What another state would add and remove, line by line.
+    fn difference(&mut self, next: &State) -> Result<String, Error> {
+        let before = self.described(&self.state.clone())?;
+        let after = self.described(next)?;
+        let difference = TextDiff::from_lines(&before, &after);
+        let changes = difference.iter_all_changes().filter(|change| change.tag() != ChangeTag::Equal);
+        Ok(changes.map(|change| format!("{}{}", change.tag(), change.value())).collect())
+    }
+
+    /// Everything that a state makes of kernel and host.
+    fn described(&mut self, state: &State) -> Result<String, Error> {
+        let desired = plan::everything(&self.config, state, &mut self.workloads, &mut self.compiled)?;
+        let mut text = self.redirect.describe(&desired);
+        for (name, _) in state.iter().filter(|(_, entry)| entry.enabled) {
+            let Some(drop_in) = self.drop_in(name, &Workloads::scope(&self.config, name)) else { continue };
+            let file = drop_in.file(self.config_file.as_deref()).map_err(drop_in_error("describe"))?;
+            text += &format!("file {}\n", file.0.display());
+            text.extend(file.1.lines().map(|line| format!("\t{line}\n")));
+        }
+        if state.containers().next().is_some() && self.hook().is_of_use() {
+            let (path, content) = self.hook().file().map_err(hook_error("describe"))?;
+            text += &format!("file {}\n", path.display());
+            text.extend(content.lines().map(|line| format!("\t{line}\n")));
+        }
+        Ok(text)
+    }
+
+    fn hook(&self) -> Hook<'_> {
+        Hook { dir: &self.config.paths.hooks, config: self.config_file.as_deref() }
+    }
+
+    /// The hook is there while a container is enabled.
+    pub(super) fn register_hook(&self) -> io::Result<()> {
+        let hook = self.hook();
+        match self.state.containers().next() {
+            None => hook.remove(),
+            Some(_) if hook.is_of_use() => hook.write(),
+            Some(_) => Ok(()),
+        }
+    }
+
+    /// What the hook has to know of a service.
+    fn container(&mut self, service: &str, scope: &Scope) -> Option<Container> {
+        let Scope::Container(name) = scope else { return None };
+        let required = self.config.policy(service).failure == Failure::Closed;
+        Some(Container { name: name.clone(), id: self.workloads.container_id(name), required })
+    }
+
+    /// The configuration may have changed since services were enabled.
+    pub(super) fn find_containers(&mut self) -> Result<(), Error> {
+        let mut next = self.state.clone();
+        for (name, _) in self.state.clone().iter().filter(|(_, entry)| entry.enabled) {
+            let container = self.container(name, &Workloads::scope(&self.config, name));
+            next.set_container(name, container);
+        }
+        self.file.save(&next)?;
+        self.state = next;
+        Ok(())
+    }
+
+    fn drop_in(&self, service: &str, scope: &Scope) -> Option<DropIn> {
+        let required = self.config.policy(service).failure == Failure::Closed;
+        // Slices and scopes have no step before their start.
+        let unit = scope.unit().filter(|unit| unit.ends_with(".service"))?;
+        Some(DropIn { unit: unit.to_owned(), service: service.to_owned(), required })
+    }
+
+    /// What has to be said of the mode when something is enabled.
+    fn mode_notes(&self) -> Option<String> {
+        let note = "names are mapped for the whole host: every process that looks them up is steered, whatever its service";
+        (self.mode == Mode::Hosts).then(|| note.to_owned())
+    }
+
+    /// What has to be said of containers whose start is not waited for. They are steered all the same, if later.
+    fn hook_notes(&self, scopes: &[Scope], refused: Option<io::Error>) -> Option<String> {
+        let reason = match refused {
+            Some(error) => format!("write to {}: {error}", self.config.paths.hooks.display()),
+            None if self.hook().is_of_use() => return None,
+            None => "no podman or CRI-O is here to run it".to_owned(),
+        };
+        let note = format!(
+            "no hook was registered ({reason}): unless a runtime was told to run it, a container that is started is found within a second"
+        );
+        scopes.iter().any(|scope| matches!(scope, Scope::Container(_))).then_some(note)
+    }
+
+    /// Where queries that shall be captured will not be.
+    fn dns_notes(&self, names: &[String]) -> Option<String> {
+        let captures_dns = names.iter().any(|name| self.config.policy(name).dns);
+        let resolver = probe::resolver_on_localhost().filter(|_| captures_dns && self.mode != Mode::Hosts)?;
+        Some(format!(
+            "this host's resolver is {resolver}: queries to it are not captured, and those it sends on are its own"
+        ))
+    }
+}
+
+fn drop_in_error(action: &'static str) -> impl Fn(io::Error) -> Error {
+    move |cause| Error::DropIn { action, cause }
+}
+
+fn hook_error(action: &'static str) -> impl Fn(io::Error) -> Error {
+    move |cause| Error::Hook { action, cause }
+}
+
+/// Names as they are, and patterns as the known names that they match.
+fn expand(asked: &[String], known: &[String]) -> Result<Vec<String>, Error> {
+    let mut names: Vec<String> = Vec::new();
+    if asked.is_empty() {
+        return Err(Error::BadName("no service is named".to_owned()));
+    }
+    for asked in asked {
+        if !asked.contains(['*', '?', '[', '{']) {
+            check_name(asked).map_err(Error::BadName)?;
+            names.push(asked.clone());
+            continue;
+        }
+        let pattern =
+            Glob::new(asked).map_err(|error| Error::BadPattern(error.to_string()))?.compile_matcher();
+        let before = names.len();
+        names.extend(known.iter().filter(|name| pattern.is_match(name)).cloned());
+        if names.len() == before {
+            return Err(Error::NoMatch { pattern: asked.clone() });
+        }
+    }
+    // In the order in which they were asked for, each once.
+    let mut seen = BTreeSet::new();
+    names.retain(|name| seen.insert(name.clone()));
+    Ok(names)
+}
