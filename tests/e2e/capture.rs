@@ -1,7 +1,10 @@
 //! Which connections are steered, and which are left alone.
 
+use std::net::Ipv4Addr;
+
 use tests::{
-    Answers, Counters, Footprint, INSTANCES, Mesh, ORIGIN, ORIGIN_V6, Place, Sandbox, Upstream, answers, ask,
+    Agent, Answers, Counters, Footprint, INSTANCES, Mesh, ORIGIN, ORIGIN_V6, Place, Sandbox, Upstream,
+    answers, ask,
 };
 
 scenarios![
@@ -15,7 +18,30 @@ scenarios![
     loopback_is_left_alone,
     a_datagram_socket_is_left_alone,
 ];
-scenarios![only ebpf: a_service_that_is_not_enabled_runs_no_program_of_ours];
+scenarios![only ebpf:
+    a_service_that_is_not_enabled_runs_no_program_of_ours,
+    more_blocks_than_the_kernel_holds_are_an_error_that_leaves_nothing,
+];
+
+/// What was written of a policy that did not fit must not become part of the next one.
+fn more_blocks_than_the_kernel_holds_are_an_error_that_leaves_nothing(sandbox: &Sandbox) {
+    let block = |number: u32| format!("{}/32", Ipv4Addr::from((10 << 24 | 77 << 16) + number));
+    let include = (0..70_000).map(block).collect::<Vec<_>>().join(", ");
+    let service = |place: Place, include: &str| {
+        format!("{{ cgroup: {}, capture: {{ include: [{include}] }} }}", sandbox.cgroup(place))
+    };
+    let (large, small) = (service(Place::Cart, &include), service(Place::Outside, "100.64.0.0/24"));
+    let mesh = Mesh::start(sandbox, &format!("  cart: {large}\n  small: {small}\n"));
+    let refused = Agent::command(sandbox, &["enable", "cart"]);
+    let complaint = refused.failed_with(1);
+    assert!(complaint.contains("MR_RULES") && complaint.contains("65536"), "{complaint}");
+    assert!(mesh.agent.status().services.is_empty());
+    mesh.agent.enable("shop");
+    Agent::command(sandbox, &["enable", "cart"]).failed_with(1);
+    mesh.agent.enable("small");
+    answers(sandbox).are_balanced();
+    ask(sandbox, Place::Outside, &format!("{ORIGIN}:8080")).is("origin");
+}
 
 fn an_excluded_network_is_left_alone(sandbox: &Sandbox) {
     let settings = "capture:\n  exclude: [10.77.0.8/29, 'fd77::10/124']\n";

@@ -33,7 +33,10 @@ impl Written {
             Some((&number, _)) => number,
             None => {
                 let number = maps.next_policy()?;
-                maps.write_policy(number, &service.entries)?;
+                maps.write_policy(number, &service.entries).inspect_err(|_| {
+                    // The number is given again, and must not bring with it what was written of this one.
+                    let _the_first_error_tells_more = maps.remove_policy(number, &service.entries);
+                })?;
                 self.policies.insert(number, Arc::clone(&service.entries));
                 number
             }
