@@ -45,7 +45,7 @@ fn target(ctx: &SockAddrContext, attempt: &Attempt) -> Option<Destination> {
             maps::count(id, Counter::Steered);
             return Some(Destination::loopback(family, proxy_port));
         }
-        decision = decide::without_proxy(kernel.service?);
+        decision = decide::without_proxy(kernel.service?, attempt);
         forgotten = true;
     }
     let counter = match decision {
@@ -69,10 +69,14 @@ fn target(ctx: &SockAddrContext, attempt: &Attempt) -> Option<Destination> {
 /// EPERM before Linux 5.18, which no application expects.
 const REFUSING_PORT: u16 = 0;
 
-/// A virtual address leads nowhere: what is not steered goes to an endpoint of the name that has it.
+/// A virtual address leads nowhere: what is not steered goes to an endpoint of the name that has it, or is refused, so that
+/// the application tries another address at once.
 #[inline(always)]
 fn direct(destination: &Destination) -> Option<Destination> {
-    if destination.is_virtual() { maps::endpoint(destination) } else { None }
+    if !destination.is_virtual() {
+        return None;
+    }
+    Some(maps::endpoint(destination).unwrap_or(Destination::loopback(destination.family, REFUSING_PORT)))
 }
 
 #[inline(always)]

@@ -152,7 +152,7 @@ pub fn connect(host: &impl Host, attempt: &Attempt) -> Decision {
     match (host.proxy_listens(attempt.destination.family, proxy_port), is_datagram) {
         (true, false) => Decision::Steer { proxy_port },
         (true, true) => Decision::Query { dns_port: proxy_port },
-        (false, false) => without_proxy(service),
+        (false, false) => without_proxy(service, attempt),
         (false, true) => Decision::Ignore,
     }
 }
@@ -175,8 +175,10 @@ pub fn resolver_port(resolver: &Destination, dns_port: u16, tries: u16) -> u16 {
 
 /// What becomes of a connection that would be steered and cannot be.
 #[inline(always)]
-pub fn without_proxy(service: &Service) -> Decision {
-    if service.failure == FAILURE_CLOSED { Decision::Refuse } else { Decision::PassProxyAbsent }
+pub fn without_proxy(service: &Service, attempt: &Attempt) -> Decision {
+    // What a service may reach is decided when it connects, not when it looks names up.
+    let is_query = attempt.destination.port == DNS_PORT && service.dns_port != 0;
+    if service.failure == FAILURE_CLOSED && !is_query { Decision::Refuse } else { Decision::PassProxyAbsent }
 }
 
 #[inline(always)]
@@ -310,6 +312,8 @@ mod tests {
             connect(&with_dns(Fake { listens: false, ..fake(FAILURE_CLOSED) }), &udp),
             Decision::Ignore
         );
+        let dead = with_dns(Fake { listens: false, ..fake(FAILURE_CLOSED) });
+        assert_eq!(connect(&dead, &tcp), Decision::PassProxyAbsent);
         assert_eq!(connect(&fake(FAILURE_CLOSED), &udp), Decision::Ignore, "without DNS capture");
         assert_eq!(connect(&fake(FAILURE_CLOSED), &tcp), Decision::Steer { proxy_port: 15001 });
     }

@@ -1,8 +1,8 @@
 //! Every map, and what the programs do with each.
 
 use agent_ebpf::{
-    Connection, Counter, Counters, Endpoint, Ends, Listener, MAX_CONNECTIONS, MAX_RULES, MAX_SERVICES,
-    MAX_VIRTUAL, Origin, RESOLVER_PORTS, ResolverKey, RuleKey, Rules, Service, VirtualKey,
+    AF_INET, Connection, Counter, Counters, Endpoint, Ends, Listener, MAX_CONNECTIONS, MAX_RULES,
+    MAX_SERVICES, MAX_VIRTUAL, Origin, RESOLVER_PORTS, ResolverKey, RuleKey, Rules, Service, VirtualKey,
     decide::Destination,
 };
 #[expect(
@@ -119,8 +119,8 @@ pub fn endpoint(destination: &Destination) -> Option<Destination> {
     let key = VirtualKey { family: destination.family.into(), addr: destination.addr };
     // SAFETY: the agent replaces entries whole.
     let Endpoint { family, port, addr } = *unsafe { MR_VIRTUAL.get(key) }?;
-    // A socket of the one family cannot reach the other.
-    (family == destination.family).then_some(Destination { family, port, addr })
+    // An IPv4 socket reaches no IPv6 endpoint; an IPv6 socket reaches both.
+    (family == AF_INET || destination.family == family).then_some(Destination { family, port, addr })
 }
 
 /// The mark of a listener of the proxy.

@@ -7,7 +7,6 @@ use crate::{
     mode::Mode,
     plan, probe,
     redirect::{Cgroup, ebpf::Ebpf},
-    routable::Routable,
     state::{Entry, State, StateFile},
     workload::{
         self, Workloads,
@@ -127,7 +126,7 @@ fn attach_started(config: &Config, state: &State, name: &str, starting: &Startin
 }
 
 fn without_daemon(config: &Config, name: &str, entry: &Entry, cgroup: Cgroup) -> anyhow::Result<()> {
-    let mut compiled = plan::Compiled::new(Routable::load(&config.paths.state));
+    let mut compiled = plan::Compiled::kept(config);
     let mut service = plan::service(config, name, entry, &mut compiled)?;
     service.scopes.push(cgroup);
     Ok(ebpf(config).attach_service(&service)?)

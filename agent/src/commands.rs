@@ -79,7 +79,7 @@ fn bad_input(error: &ConfigError) -> ExitCode {
 
 fn daemon(config: Config, file: Option<PathBuf>) -> anyhow::Result<()> {
     let (run, proxy) = (config.paths.run.clone(), config.proxy.clone());
-    let (follows_routable, admin) = (config.follows_routable(), config.proxy.admin);
+    let follows_routable = config.follows_routable();
     let _only_one = lock::daemon(&run)?;
     let cgroup_root = probe::cgroup2_mount()?;
     let (published, snapshots) = tokio::sync::watch::channel(Snapshot::default());
@@ -88,7 +88,7 @@ fn daemon(config: Config, file: Option<PathBuf>) -> anyhow::Result<()> {
     let (requests, received) = mpsc::channel();
     if mode != Mode::Ebpf {
         let cgroup_root = cgroup_root.clone();
-        let tell = requests.clone();
+        let (tell, proxy) = (requests.clone(), proxy.clone());
         let watch = move || {
             watch::proxy(&proxy, Workloads::new(cgroup_root), |ready| {
                 tell.send(Request::Proxy(ready)).is_ok()
@@ -97,8 +97,10 @@ fn daemon(config: Config, file: Option<PathBuf>) -> anyhow::Result<()> {
         thread::Builder::new().name("watch".to_owned()).spawn(watch)?;
     }
     if follows_routable {
-        let tell = requests.clone();
-        let watch = move || watch::routable(admin, |routable| tell.send(Request::Routable(routable)).is_ok());
+        let (tell, proxy, workloads) = (requests.clone(), proxy.clone(), Workloads::new(cgroup_root.clone()));
+        let watch = move || {
+            watch::routable(&proxy, workloads, |routable| tell.send(Request::Routable(routable)).is_ok());
+        };
         thread::Builder::new().name("routable".to_owned()).spawn(watch)?;
     }
     let mind = thread::Builder::new().name("daemon".to_owned()).spawn(move || daemon.run(&received))?;

@@ -9,7 +9,7 @@ use crate::{
     lock,
     mode::{self, Mode},
     origins, plan, probe,
-    redirect::{self, Cgroup, Redirect},
+    redirect::{self, Cgroup, Ready, Redirect},
     routable::Routable,
     state::{State, StateFile},
     watch,
@@ -42,8 +42,8 @@ pub(crate) enum Request {
     AttachProxy(i32, Reply<api::Joined>),
     /// What the proxy can route, which has changed.
     Routable(Routable),
-    /// Whether the proxy is ready for IPv4 and for IPv6.
-    Proxy([bool; 2]),
+    /// Whether the proxy is ready.
+    Proxy(Ready),
     Stop,
 }
 
@@ -97,8 +97,10 @@ pub(crate) struct Daemon {
     compiled: plan::Compiled,
     mode: Mode,
     redirect: Redirect,
+    /// What the proxy can route, where it could not be followed yet.
+    pending: Option<Routable>,
     /// What was last heard of the proxy.
-    proxy_ready: [bool; 2],
+    proxy_ready: Ready,
     /// Where it is published what is enabled.
     origins: Sender<origins::Snapshot>,
     commands: u64,
@@ -118,14 +120,15 @@ impl Daemon {
         tracing::info!(%mode, "{reason}");
         let redirect = |mode| Redirect::new(mode, &config, workloads.cgroup_root());
         let former = state.mode().filter(|former| *former != mode).map(redirect);
-        let compiled = plan::Compiled::new(Routable::load(&config.paths.state));
+        let compiled = plan::Compiled::kept(&config);
         state.set_mode(mode);
         file.save(&state)?;
         let mut daemon = Self {
             state,
             mode,
             redirect: redirect(mode),
-            proxy_ready: [false; 2],
+            pending: None,
+            proxy_ready: Ready::default(),
             origins,
             config,
             config_file,
@@ -178,13 +181,21 @@ impl Daemon {
 
     /// Brings kernel and host in line with what is wanted.
     fn reconcile(&mut self) -> Result<(), Error> {
+        if let Some(pending) = self.pending.take() {
+            self.hear_of_routable(pending);
+        }
         self.forget_ended_commands()?;
         self.apply(&self.state.clone())
     }
 
-    fn hear_of_proxy(&mut self, ready: [bool; 2]) {
+    fn hear_of_proxy(&mut self, ready: Ready) {
         if ready != self.proxy_ready {
-            tracing::info!(ipv4 = ready[0], ipv6 = ready[1], "is the proxy ready?");
+            tracing::info!(
+                ipv4 = ready.proxy[0],
+                ipv6 = ready.proxy[1],
+                dns = ready.dns.contains(&true),
+                "is the proxy ready?"
+            );
         }
         self.proxy_ready = ready;
         if let Err(error) = self.redirect.keep_alive(ready) {
@@ -192,15 +203,20 @@ impl Daemon {
         }
     }
 
-    /// What cannot be had leaves what holds as it is, until the proxy can route something else.
+    /// What cannot be had leaves what holds as it is, until the proxy can route something else; what only failed is tried
+    /// again. It is kept when it holds: whoever starts from it must be able to.
     fn hear_of_routable(&mut self, routable: Routable) {
-        let saved = routable.save(&self.config.paths.state);
-        let before = std::mem::replace(&mut self.compiled, plan::Compiled::new(routable));
+        let before = std::mem::replace(&mut self.compiled, plan::Compiled::new(routable.clone()));
+        self.pending = None;
         if let Err(error) = self.apply(&self.state.clone()) {
             tracing::error!("what the proxy can route has changed, and is not followed: {error}");
             self.compiled = before;
+            let is_impossible =
+                matches!(error, Error::Plan(plan::PlanError::Policy { .. }) | Error::Redirect(_));
+            self.pending = (!is_impossible).then_some(routable);
+            return;
         }
-        if let Err(error) = saved {
+        if let Err(error) = routable.save(&self.config.paths.state) {
             tracing::warn!("keep what the proxy can route: {error}");
         }
     }

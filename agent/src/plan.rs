@@ -35,6 +35,20 @@ impl Compiled {
         Self { routable, policies: Vec::new() }
     }
 
+    /// For what the proxy could route last. What no longer fits a policy, which may have changed, is as good as unknown:
+    /// nothing that starts may fail for it.
+    pub(crate) fn kept(config: &Config) -> Self {
+        let mut compiled = Self::new(Routable::load(&config.paths.state));
+        let policies = config.services.values().map(|service| &service.policy).chain([&config.defaults]);
+        for policy in policies.filter(|policy| policy.follows_routable()) {
+            if let Err(error) = compiled.get(policy) {
+                tracing::warn!("what the proxy could route last is forgotten: {error}");
+                return Self::default();
+            }
+        }
+        compiled
+    }
+
     fn get(&mut self, policy: &Policy) -> Result<Arc<[rules::Entry]>, TooManyRanges> {
         if let Some((_, entries)) = self.policies.iter().find(|(known, _)| known == policy) {
             return Ok(Arc::clone(entries));

@@ -99,14 +99,21 @@ impl Redirect {
         }
     }
 
-    /// Says for IPv4 and IPv6 whether the proxy is ready, to modes in which the kernel does not see for itself.
-    pub(crate) fn keep_alive(&mut self, ready: [bool; 2]) -> Result<(), Error> {
+    /// Says whether the proxy is ready, to modes in which the kernel does not see for itself.
+    pub(crate) fn keep_alive(&mut self, ready: Ready) -> Result<(), Error> {
         match self {
             Self::Ebpf(_) => Ok(()),
             Self::Nftables(nftables) => Ok(nftables.keep_alive(ready)?),
-            Self::Hosts(hosts) => Ok(hosts.keep_alive(ready)?),
+            Self::Hosts(hosts) => Ok(hosts.keep_alive(ready.proxy)?),
         }
     }
+}
+
+/// Whether the proxy takes connections, and queries, each for IPv4 and for IPv6.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) struct Ready {
+    pub(crate) proxy: [bool; 2],
+    pub(crate) dns: [bool; 2],
 }
 
 /// Everything that shall be steered, whole: a mode makes it so and removes whatever else of ours it finds.

@@ -14,6 +14,8 @@ use std::{
 
 /// Version of the form.
 const VERSION: u32 = 1;
+/// Destinations of all services together: more than the kernel has room for in the end.
+const MAX_DESTINATIONS: usize = 2 * agent_ebpf::MAX_RULES as usize;
 /// What it is kept in, below the directory of the state.
 const FILE: &str = "routable.json";
 
@@ -76,7 +78,11 @@ impl Routable {
     /// As the proxy wrote it.
     pub(crate) fn parse(json: &[u8]) -> io::Result<Self> {
         let routable: Self = serde_json::from_slice(json)?;
+        let destinations = routable.all().count();
         match routable.version {
+            VERSION if destinations > MAX_DESTINATIONS => Err(io::Error::other(format!(
+                "it tells {destinations} destinations; the limit is {MAX_DESTINATIONS}"
+            ))),
             VERSION => Ok(routable),
             other => Err(io::Error::other(format!(
                 "it tells what it routes in version {other}; expected {VERSION}: agent and proxy are of different releases"
@@ -97,15 +103,16 @@ impl Routable {
             .flat_map(move |service| of(service).into_iter().map(|to| (service.name.as_str(), to)))
     }
 
-    /// Each virtual address, and an endpoint of its name of the same family. What the proxy has no right to name is left
-    /// out.
+    /// Each virtual address, and an endpoint of its name: of the same family, or an IPv4 one for an IPv6 socket, which can
+    /// reach both. What the proxy has no right to name is left out: addresses of others', and this host itself.
     pub(crate) fn virtual_addresses(&self) -> BTreeMap<IpAddr, SocketAddr> {
         let of = |service: &Service| {
             let addresses = service.domains.iter().flat_map(|domain| &domain.virtual_addresses);
             let addresses = addresses.filter(|address| is_virtual(**address));
             let endpoint = |address: &IpAddr| {
-                let endpoints = service.endpoints.iter();
-                Some((*address, *endpoints.clone().find(|to| to.is_ipv4() == address.is_ipv4())?))
+                let mut endpoints = service.endpoints.iter().filter(|to| !destination(to.ip()).is_local());
+                let same = endpoints.clone().find(|to| to.is_ipv4() == address.is_ipv4());
+                Some((*address, *same.or_else(|| endpoints.next().filter(|_| address.is_ipv6()))?))
             };
             addresses.filter_map(endpoint).collect::<Vec<_>>()
         };
@@ -165,9 +172,13 @@ impl Service {
 }
 
 fn is_virtual(address: IpAddr) -> bool {
+    destination(address).is_virtual()
+}
+
+fn destination(address: IpAddr) -> Destination {
     match address {
-        IpAddr::V4(address) => Destination::from_ipv4(address.octets(), 0).is_virtual(),
-        IpAddr::V6(address) => Destination::from_ipv6(address.octets(), 0).is_virtual(),
+        IpAddr::V4(address) => Destination::from_ipv4(address.octets(), 0),
+        IpAddr::V6(address) => Destination::from_ipv6(address.octets(), 0),
     }
 }
 
@@ -191,10 +202,13 @@ mod tests {
     }
 
     #[test]
-    fn only_virtual_addresses_lead_to_an_endpoint_of_their_family() {
+    fn only_virtual_addresses_lead_anywhere_and_never_to_this_host() {
         let routable = Routable::parse(SAID.as_bytes()).unwrap();
-        let expected = ("241.3.7.9".parse().unwrap(), "10.77.0.2:8080".parse().unwrap());
-        assert_eq!(routable.virtual_addresses(), BTreeMap::from([expected]));
+        let found: Vec<String> =
+            routable.virtual_addresses().iter().map(|(from, to)| format!("{from} {to}")).collect();
+        assert_eq!(found, ["241.3.7.9 10.77.0.2:8080", "fdb2:6c1e:9d04::3:709 10.77.0.2:8080"]);
+        let local = Routable::parse(SAID.replace("10.77.0.", "127.0.0.").as_bytes()).unwrap();
+        assert!(local.virtual_addresses().is_empty());
     }
 
     #[test]

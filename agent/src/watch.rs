@@ -4,17 +4,12 @@
 use crate::{
     config::Proxy,
     ready::{self, says_ready},
+    redirect::Ready,
     routable::Routable,
     sockets,
     workload::Workloads,
 };
-use std::{
-    collections::BTreeSet,
-    io,
-    net::{IpAddr, SocketAddr},
-    thread,
-    time::Duration,
-};
+use std::{collections::BTreeSet, io, net::IpAddr, thread, time::Duration};
 
 /// How often it is asked.
 const ROUND: Duration = Duration::from_millis(250);
@@ -23,37 +18,49 @@ const ROUND: Duration = Duration::from_millis(250);
 const ROUTABLE_ROUND: Duration = Duration::from_millis(500);
 
 /// Tells what the proxy can route whenever that has changed, until nobody wants to know. One that is away can route what
-/// it could before.
-pub(crate) fn routable(admin: SocketAddr, mut tell: impl FnMut(Routable) -> bool) {
-    let mut known = None;
+/// it could before; a stranger at its admin address is not asked.
+pub(crate) fn routable(proxy: &Proxy, mut workloads: Workloads, mut tell: impl FnMut(Routable) -> bool) {
+    let admin = proxy.admin;
+    let mut known: Option<(Routable, String)> = None;
     loop {
-        match ready::routable(admin, known.as_deref()) {
-            Ok(Some((routable, tag))) => {
-                known = Some(tag);
-                if !tell(routable) {
+        let tag = known.as_ref().map(|(_, tag)| tag.as_str()).filter(|tag| !tag.is_empty());
+        match is_proxys(proxy, &mut workloads).then(|| ready::routable(admin, tag)) {
+            Some(Ok(Some(said))) if known.as_ref().is_none_or(|(known, _)| *known != said.0) => {
+                if !tell(said.0.clone()) {
                     return;
                 }
+                known = Some(said);
             }
-            Ok(None) => {}
-            Err(error) => tracing::debug!("ask the proxy at {admin} what it can route: {error}"),
+            Some(Err(error)) => tracing::debug!("ask the proxy at {admin} what it can route: {error}"),
+            _ => {}
         }
         thread::sleep(ROUTABLE_ROUND);
     }
 }
 
-/// Tells for IPv4 and IPv6 whether the proxy takes connections, until nobody wants to know.
-pub(crate) fn proxy(proxy: &Proxy, mut workloads: Workloads, mut tell: impl FnMut([bool; 2]) -> bool) {
+/// Whether whoever listens at the admin address does so in the proxy's cgroup.
+fn is_proxys(proxy: &Proxy, workloads: &mut Workloads) -> bool {
+    let Some(cgroup) = workloads.cgroup(&proxy.scope) else { return false };
+    let listens = listening(proxy.admin.port(), &cgroup.ids()).unwrap_or([true; 2]);
+    listens[usize::from(proxy.admin.is_ipv6())]
+}
+
+/// Tells whether the proxy is ready, until nobody wants to know.
+pub(crate) fn proxy(proxy: &Proxy, mut workloads: Workloads, mut tell: impl FnMut(Ready) -> bool) {
     while tell(is_ready(proxy, &mut workloads)) {
         thread::sleep(ROUND);
     }
 }
 
-/// For IPv4 and IPv6. The proxy is ready when it says so, and the sockets that listen on its port were made in its cgroup.
-pub(crate) fn is_ready(proxy: &Proxy, workloads: &mut Workloads) -> [bool; 2] {
-    let Some(cgroup) = workloads.cgroup(&proxy.scope) else { return [false; 2] };
+/// The proxy is ready when it says so, and the sockets that listen on its ports were made in its cgroup.
+pub(crate) fn is_ready(proxy: &Proxy, workloads: &mut Workloads) -> Ready {
+    let Some(cgroup) = workloads.cgroup(&proxy.scope) else { return Ready::default() };
+    let own = cgroup.ids();
     // A kernel that does not tell whose the listeners are leaves it at what the proxy says.
-    let listens = listening(proxy.port, &cgroup.ids()).unwrap_or([true; 2]);
-    if listens == [false; 2] || !says_ready(proxy.admin) { [false; 2] } else { listens }
+    let listens = |port| listening(port, &own).unwrap_or([true; 2]);
+    let ready = Ready { proxy: listens(proxy.port), dns: listens(proxy.dns_port) };
+    let says_so = ready.proxy != [false; 2] && is_proxys(proxy, workloads) && says_ready(proxy.admin);
+    if says_so { ready } else { Ready::default() }
 }
 
 fn listening(port: u16, own: &BTreeSet<u64>) -> io::Result<[bool; 2]> {

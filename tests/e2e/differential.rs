@@ -66,7 +66,8 @@ fn the_kernel_decides_as_policies_are_defined(sandbox: &Sandbox) {
         }
         let resolvers: Vec<String> = (0..QUERIES).map(|_| random.resolver()).collect();
         let defined = explained(sandbox, name, &resolvers);
-        let ask = [["decide-queries", "stock.test"].as_slice(), &refs(&resolvers)].concat();
+        let first_port = (20_000 + queries).to_string();
+        let ask = [["decide-queries", "stock.test", &first_port].as_slice(), &refs(&resolvers)].concat();
         let observed = sandbox.peer_in(&format!("random/{name}")).args(ask).run();
         for (line, expected) in observed.ok().lines().zip(&defined) {
             let expected_line = if captures_dns && expected.steered { "steered" } else { "passed" };

@@ -4,7 +4,7 @@ use std::path::PathBuf;
 use std::thread::sleep;
 use std::time::Duration;
 
-use tests::{Finished, Mesh, ORIGIN, Place, Program, Proxy, RESOLVERS, Sandbox, Upstream, ask};
+use tests::{Finished, Mesh, ORIGIN, PROXY_CONFIG, Place, Program, Proxy, RESOLVERS, Sandbox, Upstream, ask};
 
 scenarios![
     a_name_that_is_routed_leads_to_its_instances,
@@ -15,6 +15,7 @@ scenarios![
     services_that_share_an_address_are_told_apart_by_their_names,
     queries_and_virtual_addresses_survive_the_proxy,
     an_observed_service_and_one_without_dns_ask_their_resolvers,
+    a_proxy_that_serves_no_dns_gets_no_queries,
 ];
 scenarios![only ebpf: the_application_sees_the_resolver_that_it_asked];
 
@@ -149,6 +150,19 @@ fn an_observed_service_and_one_without_dns_ask_their_resolvers(sandbox: &Sandbox
     let _resolver = resolver(sandbox);
     mesh.agent.enable("shop");
     assert_eq!(dig(sandbox, &[&format!("@{}", RESOLVERS[0]), "+short", "catalog"]), ORIGIN);
+}
+
+fn a_proxy_that_serves_no_dns_gets_no_queries(sandbox: &Sandbox) {
+    let mesh = Mesh::enabled(sandbox, "capture: { dns: true }\nfailure: closed\n");
+    let _resolver = resolver(sandbox);
+    drop(mesh.proxy);
+    let _proxy = Proxy::start_with(sandbox, &PROXY_CONFIG.replace("dns: { port: 15053 }\n", ""));
+    sandbox.settle();
+    for transport in ["+notcp", "+tcp"] {
+        let server = format!("@{}", RESOLVERS[0]);
+        assert_eq!(dig(sandbox, &[&server, transport, "+short", "catalog"]), ORIGIN, "{transport}");
+    }
+    assert!(["a", "b"].contains(&ask(sandbox, Place::Shop, &format!("{ORIGIN}:8080")).ok()));
 }
 
 fn the_application_sees_the_resolver_that_it_asked(sandbox: &Sandbox) {

@@ -72,7 +72,19 @@ impl Daemon {
         systemd::remove_drop_ins(units).map_err(drop_in_error("remove"))?;
         self.register_hook().map_err(hook_error("remove"))?;
         names.iter().for_each(|name| started::forget(&self.config.paths.run, name));
-        Ok(api::Changed { services, notes: vec![], difference: None })
+        Ok(api::Changed { services, notes: self.lost_addresses(&names), difference: None })
+    }
+
+    /// What has to be said to those whose names had addresses that lead nowhere now.
+    fn lost_addresses(&self, names: &[String]) -> Vec<String> {
+        let captured_dns =
+            names.iter().filter(|name| self.mode != Mode::Hosts && self.config.policy(name).dns);
+        let note = |name: &String| {
+            format!(
+                "{name} has to look its names up anew, which most programs do within 30 s: the virtual addresses that it was given lead nowhere now"
+            )
+        };
+        captured_dns.map(note).collect()
     }
 
     /// What another state would add and remove, line by line.

@@ -7,11 +7,11 @@ mod kernel;
 mod message;
 mod ruleset;
 
-use super::{Cgroup, Desired, Service, ServiceStatus, Status};
+use super::{Cgroup, Desired, Ready, Service, ServiceStatus, Status};
 use crate::{config::Failure, rules, sockets};
 use agent_ebpf::Counters;
 use kernel::Kernel;
-use ruleset::{COUNTERS, Family, Ruleset, counter};
+use ruleset::{COUNTERS, Ruleset, counter};
 use std::{
     collections::BTreeMap,
     io,
@@ -109,18 +109,13 @@ impl Nftables {
         kernel.commit(message::remove())
     }
 
-    /// Says whether the proxy listens for IPv4 and for IPv6 and is well; has to be repeated within three seconds.
-    pub(crate) fn keep_alive(&mut self, [v4, v6]: [bool; 2]) -> Result<(), Error> {
+    /// Says for what the proxy is there and well; has to be repeated within three seconds.
+    pub(crate) fn keep_alive(&mut self, ready: Ready) -> Result<(), Error> {
         let kernel = self.kernel()?;
         if kernel.fingerprint()?.is_none() {
             return Ok(());
         }
-        let families = [(Family::V4, v4), (Family::V6, v6)];
-        let which = |alive| {
-            let some = families.iter().filter(move |(_, is_alive)| *is_alive == alive);
-            some.map(|(family, _)| *family).collect::<Vec<_>>()
-        };
-        kernel.commit(message::keep_alive(&which(true), &which(false), ALIVE))
+        kernel.commit(message::keep_alive(ready, ALIVE))
     }
 
     /// The table, in nft's words.

@@ -67,7 +67,7 @@ pub(crate) enum Error {
     },
     /// Pins of another ABI version are there.
     #[error(
-        "{path} holds pins of ABI version {found}, and this binary speaks version {ours}; run `mesh-redirect cleanup` of either version first",
+        "{path} holds pins of ABI version {found}, and this binary speaks version {ours}; run `mesh-redirect cleanup` of the version that made them first",
         path = .path.display(), ours = agent_ebpf::ABI_VERSION
     )]
     OtherVersion {

@@ -1,7 +1,9 @@
 //! The ruleset as netlink messages (linux/netfilter/nf_tables.h), all of them one transaction.
 
+use super::super::Ready;
 use super::ruleset::{
-    ALIVE, Chain, Content, Family, OUTPUT, PRIORITY, Rule, Ruleset, Set, Statement, TABLE, Transport, key,
+    ALIVE, ALIVE_DNS, Chain, Content, Family, OUTPUT, PRIORITY, Rule, Ruleset, Set, Statement, TABLE,
+    Transport, key,
 };
 use crate::sys::nftables::{self as sys, ELEMENTS_IN_A_MESSAGE, Element, Elements, Expression, Value};
 use crate::{config::Ports, rules::Range};
@@ -33,7 +35,7 @@ pub(super) fn replace(present: &Present, ruleset: &Ruleset) -> Batch {
     if !present.chains.is_empty() {
         batch.add(&sys::Rules { table: &table, chain: None }, MsgType::Del);
     }
-    let gone = present.sets.iter().filter(|name| *name != ALIVE).enumerate();
+    let gone = present.sets.iter().filter(|name| ![ALIVE, ALIVE_DNS].contains(&name.as_str())).enumerate();
     for (index, name) in gone {
         let name = text(name);
         batch.add(&named_set(&table, &name, index as u32), MsgType::Del);
@@ -51,10 +53,12 @@ pub(super) fn replace(present: &Present, ruleset: &Ruleset) -> Batch {
     let chains: Vec<(nftnl::Chain<'_>, &Chain)> =
         ruleset.chains.iter().map(|chain| (new_chain(&table, &chain.name), chain)).collect();
     chains.iter().for_each(|(chain, _)| batch.add(chain, MsgType::Add));
-    let alive = text(ALIVE);
-    batch.add(&alive_set(&table, &alive), MsgType::Add);
+    for (index, name) in [ALIVE, ALIVE_DNS].into_iter().enumerate() {
+        let name = text(name);
+        batch.add(&alive_set(&table, &name, index as u32), MsgType::Add);
+    }
     for (index, set) in ruleset.sets.iter().enumerate() {
-        add_set(&mut batch, &table, set, index as u32 + 1);
+        add_set(&mut batch, &table, set, index as u32 + 2);
     }
     for (chain, rules) in &chains {
         for rule in &rules.rules {
@@ -163,21 +167,33 @@ pub(super) fn remove() -> Batch {
     batch
 }
 
-/// Says for which families the proxy is alive, for so long from now on.
+/// Says for what the proxy is alive, for so long from now on.
 ///
 /// Older kernels do not renew the timeout of an element that is there; so each is added, deleted and added again, all
 /// at once.
-pub(super) fn keep_alive(alive: &[Family], dead: &[Family], timeout: Duration) -> Batch {
-    let (mut batch, table, name) = (Batch::new(), table(), text(ALIVE));
-    let set = alive_set(&table, &name);
-    let element = |family: &Family| Element {
+pub(super) fn keep_alive(ready: Ready, timeout: Duration) -> Batch {
+    let (mut batch, table) = (Batch::new(), table());
+    for (name, ready) in [(ALIVE, ready.proxy), (ALIVE_DNS, ready.dns)] {
+        renew(&mut batch, &table, name, ready, timeout);
+    }
+    batch
+}
+
+fn renew(batch: &mut Batch, table: &Table, name: &str, [v4, v6]: [bool; 2], timeout: Duration) {
+    let name = text(name);
+    let set = alive_set(table, &name, 0);
+    let element = |family: Family| Element {
         key: vec![family.number()],
         key_end: None,
         data: None,
         jump: None,
         timeout_ms: Some(timeout.as_millis() as u64),
     };
-    let [alive, dead] = [alive, dead].map(|families| families.iter().map(element).collect::<Vec<_>>());
+    let families = [(Family::V4, v4), (Family::V6, v6)];
+    let [alive, dead] = [true, false].map(|wanted| {
+        let some = families.into_iter().filter(|(_, is_alive)| *is_alive == wanted);
+        some.map(|(family, _)| element(family)).collect::<Vec<_>>()
+    });
     for elements in [&alive, &dead].into_iter().filter(|elements| !elements.is_empty()) {
         batch.add(&Elements { set: &set, elements }, MsgType::Add);
         batch.add(&Elements { set: &set, elements }, MsgType::Del);
@@ -185,7 +201,6 @@ pub(super) fn keep_alive(alive: &[Family], dead: &[Family], timeout: Duration) -
     if !alive.is_empty() {
         batch.add(&Elements { set: &set, elements: &alive }, MsgType::Add);
     }
-    batch
 }
 
 fn table() -> Table {
@@ -221,9 +236,9 @@ fn named_set<'a>(table: &'a Table, name: &'a CString, id: u32) -> sys::Set<'a> {
     sys::Set { table, name, flags: 0, key_type: 0, key_len: 1, key_parts: &[], data: None, id }
 }
 
-fn alive_set<'a>(table: &'a Table, name: &'a CString) -> sys::Set<'a> {
+fn alive_set<'a>(table: &'a Table, name: &'a CString, id: u32) -> sys::Set<'a> {
     let flags = libc::NFT_SET_TIMEOUT as u32;
-    sys::Set { flags, key_type: TYPE_NFPROTO, ..named_set(table, name, 0) }
+    sys::Set { flags, key_type: TYPE_NFPROTO, ..named_set(table, name, id) }
 }
 
 fn add_set(batch: &mut Batch, table: &Table, set: &Set, id: u32) {
@@ -323,9 +338,9 @@ fn add(rule: &mut nftnl::Rule<'_>, statement: &Statement) {
             rule.add_expr(&Meta::SkUid);
             rule.add_expr(&lookup(map, true));
         }
-        Statement::Alive => {
+        Statement::Alive(set) => {
             rule.add_expr(&Meta::NfProto);
-            rule.add_expr(&lookup(ALIVE, false));
+            rule.add_expr(&lookup(set, false));
         }
         Statement::Count(name) => rule.add_expr(&count(name)),
         Statement::Redirect(port) => {

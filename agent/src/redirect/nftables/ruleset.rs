@@ -32,7 +32,10 @@ pub(super) const PRIORITY: i32 = -110;
 /// The families for which the proxy is alive, for so long.
 pub(super) const ALIVE: &str = "alive";
 
-/// Everything but the elements of [`ALIVE`].
+/// The families for which it serves DNS, likewise.
+pub(super) const ALIVE_DNS: &str = "alive_dns";
+
+/// Everything but the elements of [`ALIVE`] and [`ALIVE_DNS`].
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct Ruleset {
     pub(super) counters: BTreeSet<String>,
@@ -101,8 +104,8 @@ pub(super) enum Statement {
     ByCgroup(u32, String),
     /// Jumps where a map says that a user's sockets go.
     ByUser(String),
-    /// The proxy is alive.
-    Alive,
+    /// The proxy is alive, as a set says.
+    Alive(&'static str),
     Count(String),
     Redirect(u16),
     /// To where a map says that the address leads; matches no other address.
@@ -150,8 +153,9 @@ impl Ruleset {
     fn add_virtual(&mut self, addresses: &BTreeMap<IpAddr, SocketAddr>) {
         let mut rules = Vec::new();
         for family in [Family::V4, Family::V6] {
-            let of_family =
-                addresses.iter().filter(|(address, _)| address.is_ipv4() == (family == Family::V4));
+            // Translation does not lead from the one family to the other.
+            let is_of = |address: IpAddr| address.is_ipv4() == (family == Family::V4);
+            let of_family = addresses.iter().filter(|(from, to)| is_of(**from) && is_of(to.ip()));
             let name = format!("{VIRTUAL}_{}", family.name());
             rules.push(Rule::from(vec![TCP, Statement::Translate(family, name.clone())]));
             let content = Content::Virtual(family, of_family.map(|(from, to)| (*from, *to)).collect());
@@ -181,9 +185,15 @@ impl Ruleset {
         let steering = if service.observe {
             vec![vec![count("observed"), leave.clone()]]
         } else {
-            let steer = |port| vec![Statement::Alive, TCP, count("steered"), Statement::Redirect(port)];
-            let query = |port| [vec![Statement::Port(Transport::Tcp, DNS_PORT)], steer(port)].concat();
-            dns.map(query).into_iter().chain([steer(service.proxy_port), without_proxy]).collect()
+            let steer =
+                |set, port| vec![Statement::Alive(set), TCP, count("steered"), Statement::Redirect(port)];
+            let is_query = vec![Statement::Port(Transport::Tcp, DNS_PORT)];
+            let query = |port| {
+                let passed = vec![count("passed_proxy_absent"), leave.clone()];
+                [[is_query.clone(), steer(ALIVE_DNS, port)].concat(), [is_query.clone(), passed].concat()]
+            };
+            let others = [steer(ALIVE, service.proxy_port), without_proxy];
+            dns.map(query).into_iter().flatten().chain(others).collect()
         };
         let families = [Family::V4, Family::V6].into_iter();
         let families = families.filter(|family| ranges.iter().any(|range| family.is_of(range)));
@@ -208,7 +218,7 @@ impl Ruleset {
         let port = service.dns_port.filter(|_| !service.observe)?;
         let count = Statement::Count(counter("queries", service.id));
         let to_resolver = to_set(Transport::Udp, policy, family);
-        Some(vec![to_resolver, Statement::Alive, UDP, count, Statement::Redirect(port)])
+        Some(vec![to_resolver, Statement::Alive(ALIVE_DNS), UDP, count, Statement::Redirect(port)])
     }
 
     /// Maps from cgroups and users to services, and the rules that look them up: the innermost cgroups first.
@@ -361,7 +371,9 @@ impl fmt::Display for Ruleset {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         writeln!(f, "table inet {TABLE} {{")?;
         self.counters.iter().try_for_each(|name| writeln!(f, "\tcounter {name} {{ }}"))?;
-        writeln!(f, "\tset {ALIVE} {{\n\t\ttype nf_proto\n\t\tflags timeout\n\t}}")?;
+        for set in [ALIVE, ALIVE_DNS] {
+            writeln!(f, "\tset {set} {{\n\t\ttype nf_proto\n\t\tflags timeout\n\t}}")?;
+        }
         self.sets.iter().try_for_each(|set| set.fmt(f))?;
         self.chains.iter().try_for_each(|chain| chain.fmt(f))?;
         writeln!(f, "}}")
@@ -435,7 +447,7 @@ impl fmt::Display for Statement {
             Self::Port(transport, port) => write!(f, "{} dport {port}", transport.name()),
             Self::ByCgroup(level, map) => write!(f, "socket cgroupv2 level {level} vmap @{map}"),
             Self::ByUser(map) => write!(f, "meta skuid vmap @{map}"),
-            Self::Alive => write!(f, "meta nfproto @{ALIVE}"),
+            Self::Alive(set) => write!(f, "meta nfproto @{set}"),
             Self::Count(name) => write!(f, "counter name {name}"),
             Self::Redirect(port) => write!(f, "redirect to :{port}"),
             Self::Translate(family, map) => {

@@ -65,12 +65,13 @@ pub(crate) fn decide(addresses: &[&str]) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// Asks for a name where nobody answers but the proxy.
-pub(crate) fn decide_queries(name: &str, addresses: &[&str]) -> anyhow::Result<()> {
-    for address in addresses {
+/// Asks for a name where nobody answers but the proxy, each time from another port: what was decided of one is remembered
+/// for a while where addresses are translated.
+pub(crate) fn decide_queries(name: &str, first: u16, addresses: &[&str]) -> anyhow::Result<()> {
+    for (address, port) in addresses.iter().zip(first..) {
         let address: SocketAddr = address.parse()?;
-        let any = if address.is_ipv4() { "0.0.0.0:0" } else { "[::]:0" };
-        let socket = UdpSocket::bind(any)?;
+        let any = if address.is_ipv4() { "0.0.0.0" } else { "::" };
+        let socket = UdpSocket::bind((any, port))?;
         socket.set_read_timeout(Some(Duration::from_secs(5)))?;
         socket.connect(address)?;
         socket.send(&query(name))?;

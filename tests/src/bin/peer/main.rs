@@ -15,7 +15,7 @@
 //!
 //!     peer connect [--mapped] [--non-blocking] ADDRESS     whom it is connected to, and who answers a request
 //!     peer decide ADDRESS…                                 for each: `steered` when it is connected, `passed` when refused
-//!     peer decide-queries NAME ADDRESS…                    the same of DNS queries by datagram: `steered` when answered
+//!     peer decide-queries NAME PORT ADDRESS…               the same of DNS queries by datagram, from PORT on: `steered` when answered
 //!     peer dribble ADDRESS                                 who answers a request that comes a byte at a time
 //!     peer half-close ADDRESS BYTES                        what an echo says after the last byte
 //!     peer datagram ADDRESS                                whom a UDP socket is connected to, and what comes back
@@ -63,7 +63,9 @@ fn run(args: &[&str]) -> anyhow::Result<()> {
         ["datagram", address] => client::datagram(address.parse()?),
         ["connect", options @ .., address] => client::connect(address.parse()?, options),
         ["decide", addresses @ ..] => client::decide(addresses),
-        ["decide-queries", name, addresses @ ..] => client::decide_queries(name, addresses),
+        ["decide-queries", name, first, addresses @ ..] => {
+            client::decide_queries(name, first.parse()?, addresses)
+        }
         ["dribble", address] => client::dribble(address.parse()?),
         ["half-close", address, bytes] => client::half_close(address.parse()?, bytes.parse()?),
         ["hold", "tcp", address] => client::hold_connection(address.parse()?),
