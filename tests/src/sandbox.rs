@@ -134,9 +134,13 @@ impl Sandbox {
     /// A program of the machine's that looks names up in the sandbox's hosts file, and then as a resolv.conf of its own
     /// says.
     pub fn resolving(&self, place: Place, resolver: &str, program: &str) -> Program<'_> {
-        let file = self.path(&format!("resolv.conf-{resolver}"));
-        fs::write(&file, format!("nameserver {resolver}\noptions timeout:2 attempts:2\n"))
-            .expect("write resolv.conf");
+        self.resolving_with(place, resolver, "timeout:2 attempts:2", program)
+    }
+
+    /// With other options (resolv.conf(5)).
+    pub fn resolving_with(&self, place: Place, resolver: &str, options: &str, program: &str) -> Program<'_> {
+        let file = self.path(&format!("resolv.conf-{resolver}-{options}"));
+        fs::write(&file, format!("nameserver {resolver}\noptions {options}\n")).expect("write resolv.conf");
         let shell =
             r#"mount --bind "$0" /etc/resolv.conf && mount --bind "$1" /etc/hosts && shift && exec "$@""#;
         let files = [file, self.hosts()].map(|file| file.display().to_string());
