@@ -15,13 +15,9 @@
 use crate::mode::Mode;
 use serde::{Deserialize, Serialize};
 
-/// Version of [`Status`].
-pub(crate) const STATUS_VERSION: u32 = 1;
-
 /// The state of everything.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) struct Status {
-    pub(crate) version: u32,
     pub(crate) mode: Mode,
     pub(crate) proxy: Proxy,
     pub(crate) services: Vec<Service>,

@@ -31,23 +31,28 @@ const ATTACH_PATIENCE: Duration = Duration::from_secs(10);
 
 /// Attaches to the cgroup that this process is in. With eBPF it needs no daemon: what is pinned is attached. With
 /// nf_tables only a daemon keeps the proxy alive. Names are for every process.
-pub(crate) fn unit(config: &Config, attach: &cli::Attach) -> anyhow::Result<()> {
+pub(crate) fn unit(config: &Config, attach: &cli::Attach) -> anyhow::Result<api::Joined> {
     let state = StateFile::new(&config.paths.state).load()?;
     let service = attach.service.as_deref();
-    match state.mode() {
-        Some(Mode::Hosts) => return Ok(()),
-        Some(Mode::Nftables) => return by_daemon(config, service, None),
-        Some(Mode::Ebpf) | None => {}
+    if state.mode() == Some(Mode::Nftables) {
+        return by_daemon(config, service, None);
     }
-    let cgroup = Workloads::new(probe::cgroup2_mount()?).cgroup_of(process::id().cast_signed())?;
+    let workloads = Workloads::new(probe::cgroup2_mount()?);
+    let cgroup = workloads.cgroup_of(process::id().cast_signed())?;
+    let joined = api::Joined { cgroup: workloads.path_of(&cgroup), notes: vec![] };
+    if state.mode() == Some(Mode::Hosts) {
+        return Ok(joined);
+    }
     let _held = lock::kernel(&config.paths.run)?;
     let Some(name) = service else {
-        return Ok(ebpf(config).attach_proxy(&cgroup)?);
+        ebpf(config).attach_proxy(&cgroup)?;
+        return Ok(joined);
     };
     let Some(entry) = state.get(name) else {
         bail!("service `{name}` is not enabled; `mesh-redirect enable {name}` does it");
     };
-    without_daemon(config, name, entry, cgroup)
+    without_daemon(config, name, entry, cgroup)?;
+    Ok(joined)
 }
 
 /// Attaches to the cgroup of a container that is about to start, where it is an enabled service. Every container of the
@@ -122,7 +127,7 @@ fn attach_started(config: &Config, state: &State, name: &str, starting: &Startin
         return without_daemon(config, name, entry, cgroup);
     }
     drop(held);
-    by_daemon(config, Some(name), Some(&api::Process { pid: starting.pid.cast_unsigned() }))
+    by_daemon(config, Some(name), Some(&api::Process { pid: starting.pid.cast_unsigned() })).map(drop)
 }
 
 fn without_daemon(config: &Config, name: &str, entry: &Entry, cgroup: Cgroup) -> anyhow::Result<()> {
@@ -133,14 +138,17 @@ fn without_daemon(config: &Config, name: &str, entry: &Entry, cgroup: Cgroup) ->
 }
 
 /// For a service, or the proxy; the cgroup is that of the process, or of this one.
-fn by_daemon(config: &Config, service: Option<&str>, process: Option<&api::Process>) -> anyhow::Result<()> {
+fn by_daemon(
+    config: &Config,
+    service: Option<&str>,
+    process: Option<&api::Process>,
+) -> anyhow::Result<api::Joined> {
     service.map_or(Ok(()), check_name).map_err(anyhow::Error::msg)?;
     let path = match service {
         Some(name) => format!("/v1/services/{name}/cgroups"),
         None => "/v1/proxy/cgroups".to_owned(),
     };
-    let _attached: api::Joined = client::post(&config.paths.run, &path, process)?;
-    Ok(())
+    Ok(client::post(&config.paths.run, &path, process)?)
 }
 
 fn ebpf(config: &Config) -> Ebpf {

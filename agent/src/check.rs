@@ -3,7 +3,7 @@
 use crate::{
     api, client,
     config::Config,
-    mode::{self, Facts},
+    mode::{self, Facts, Mode},
     probe,
     workload::Workloads,
 };
@@ -41,9 +41,26 @@ impl Line {
     }
 }
 
+/// All there is to know.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub(crate) struct Findings {
+    pub(crate) findings: Vec<Line>,
+    /// The one that is used, or would be.
+    pub(crate) mode: Option<Mode>,
+    pub(crate) possible: Vec<Mode>,
+}
+
+impl Findings {
+    /// Whether something can be steered.
+    pub(crate) fn are_good(&self) -> bool {
+        self.findings.iter().all(|line| line.ok || !line.required)
+    }
+}
+
 /// Looks at everything.
-pub(crate) fn all(config: &Config, facts: &Facts) -> Vec<Line> {
-    vec![
+pub(crate) fn all(config: &Config) -> Findings {
+    let facts = &probe::facts(config);
+    let findings = vec![
         kernel(),
         cgroup2(),
         privileges(),
@@ -54,7 +71,10 @@ pub(crate) fn all(config: &Config, facts: &Facts) -> Vec<Line> {
         daemon(config),
         proxy_listens(config),
         proxy_attached(config),
-    ]
+    ];
+    let possible = mode::ALL.into_iter().filter(|mode| facts.of(*mode).is_ok()).collect();
+    let mode = mode::choose(config.mode, facts).ok().map(|choice| choice.mode);
+    Findings { findings, mode, possible }
 }
 
 fn kernel() -> Line {

@@ -10,6 +10,9 @@ pub(crate) struct Cli {
     /// The configuration file [default: /etc/mesh-redirect/agent.yaml, which may be absent]
     #[arg(long, global = true, value_name = "FILE")]
     pub(crate) config: Option<PathBuf>,
+    /// Results, notes and errors as JSON
+    #[arg(long, global = true)]
+    pub(crate) json: bool,
     #[command(subcommand)]
     pub(crate) command: Command,
 }
@@ -33,10 +36,7 @@ pub(crate) enum Command {
         change: Change,
     },
     /// Show what is steered, since when and how much
-    Status {
-        #[command(flatten)]
-        output: Output,
-    },
+    Status,
     /// Run a command with its connections steered as a service's
     Exec {
         /// Whose policy applies; need not be enabled, nor exist
@@ -61,8 +61,6 @@ pub(crate) enum Command {
         /// Where the connections go
         #[arg(required = true, value_name = "ADDRESS:PORT")]
         destinations: Vec<SocketAddr>,
-        #[command(flatten)]
-        output: Output,
     },
     /// Print where the proxy listens for a name, as NAME_SERVICE_HOST and NAME_SERVICE_PORT
     Env {
@@ -75,10 +73,7 @@ pub(crate) enum Command {
     /// Remove everything of ours from this host; refuses while a daemon runs
     Cleanup,
     /// Tell whether this host can do it, and what to do where it cannot
-    Check {
-        #[command(flatten)]
-        output: Output,
-    },
+    Check,
 }
 
 /// Which services, and whether in earnest.
@@ -93,16 +88,6 @@ pub(crate) struct Change {
     /// Do nothing; show what would be added and removed
     #[arg(long)]
     pub(crate) dry_run: bool,
-    #[command(flatten)]
-    pub(crate) output: Output,
-}
-
-/// How results are shown.
-#[derive(Clone, Copy, Debug, Args)]
-pub(crate) struct Output {
-    /// As JSON
-    #[arg(long)]
-    pub(crate) json: bool,
 }
 
 /// Whose cgroup it is.

@@ -245,7 +245,7 @@ impl Daemon {
                 counters: known.map(|known| known.counters.into()).unwrap_or_default(),
             }
         });
-        Ok(api::Status { version: api::STATUS_VERSION, mode: self.mode, proxy, services: services.collect() })
+        Ok(api::Status { mode: self.mode, proxy, services: services.collect() })
     }
 
     /// Makes another state the one that holds: on disk first, so that a crash leaves more wanted than done, never

@@ -3,17 +3,20 @@
 mod api;
 mod attach;
 mod check;
+mod cleanup;
 mod cli;
 mod client;
 mod commands;
 mod config;
 mod conntrack;
 mod daemon;
+mod explain;
 mod http;
 mod lock;
 mod mode;
 mod netlink;
 mod origins;
+mod output;
 mod plan;
 mod present;
 mod probe;
@@ -21,6 +24,7 @@ mod ready;
 mod redirect;
 mod routable;
 mod rules;
+mod run;
 mod server;
 mod sockets;
 mod state;
@@ -34,19 +38,16 @@ use tracing_subscriber::EnvFilter;
 
 fn main() -> ExitCode {
     let cli = cli::Cli::parse();
-    log_to_stderr();
-    commands::run(cli).unwrap_or_else(|error| {
-        eprintln!("mesh-redirect: {error:#}");
-        ExitCode::FAILURE
-    })
+    log_to_stderr(cli.json);
+    commands::run(cli)
 }
 
-fn log_to_stderr() {
+fn log_to_stderr(json: bool) {
     let filter = EnvFilter::try_from_env("MESH_REDIRECT_LOG").unwrap_or_else(|_| EnvFilter::new("info"));
-    tracing_subscriber::fmt()
+    let log = tracing_subscriber::fmt()
         .with_env_filter(filter)
         .with_writer(std::io::stderr)
         .with_ansi(std::io::stderr().is_terminal())
-        .with_target(false)
-        .init();
+        .with_target(false);
+    if json { log.json().init() } else { log.init() }
 }

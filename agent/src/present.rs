@@ -2,15 +2,13 @@
 
 use crate::{
     api,
-    check::Line,
-    mode::{self, Facts, Mode},
-    rules::Verdict,
+    check::{Findings, Line},
+    explain::{Explained, Explanations},
+    mode::{self, Mode},
 };
-use serde::Serialize;
 use std::{
     fmt::Write as _,
     io::IsTerminal as _,
-    net::SocketAddr,
     time::{Duration, UNIX_EPOCH},
 };
 
@@ -81,11 +79,11 @@ fn service_rows(service: &api::Service) -> Vec<[String; 11]> {
 }
 
 /// What each mode can do, and which of them this host has and gets.
-pub(crate) fn capabilities(facts: &Facts, chosen: Option<Mode>) -> String {
-    let head = |mode: Mode| match facts.of(mode) {
+fn capabilities(possible: &[Mode], chosen: Option<Mode>) -> String {
+    let head = |mode: Mode| match possible.contains(&mode) {
         _ if chosen == Some(mode) => format!("{mode} (used here)"),
-        Ok(()) => mode.to_string(),
-        Err(_) => format!("{mode} (not possible here)"),
+        true => mode.to_string(),
+        false => format!("{mode} (not possible here)"),
     };
     let [first, second, third] = mode::ALL.map(head);
     let mut rows = vec![[String::new(), first, second, third]];
@@ -119,17 +117,19 @@ pub(crate) fn changed(verb: &str, changed: &api::Changed) -> String {
             _ => writeln!(text, "{service} is {already}{verb}"),
         };
     }
-    for note in &changed.notes {
-        let _infallible = writeln!(text, "note: {note}");
-    }
-    text + changed.difference.as_deref().unwrap_or_default()
+    text + &notes("", &changed.notes) + changed.difference.as_deref().unwrap_or_default()
+}
+
+/// What the user should know.
+pub(crate) fn notes(prefix: &str, notes: &[String]) -> String {
+    notes.iter().map(|note| format!("{prefix}note: {note}\n")).collect()
 }
 
 /// The lines of `check`.
-pub(crate) fn check(lines: &[Line]) -> String {
-    let width = lines.iter().map(|line| line.subject.len()).max().unwrap_or(0);
+pub(crate) fn check(Findings { findings, mode, possible }: &Findings) -> String {
+    let width = findings.iter().map(|line| line.subject.len()).max().unwrap_or(0);
     let mut text = String::new();
-    for Line { subject, ok, required, finding, remedy } in lines {
+    for Line { subject, ok, required, finding, remedy } in findings {
         let mark = match (ok, required) {
             (true, _) => paint(GREEN, "ok  "),
             (false, true) => paint(RED, "FAIL"),
@@ -138,31 +138,11 @@ pub(crate) fn check(lines: &[Line]) -> String {
         let remedy = remedy.as_ref().filter(|_| !ok).map(|remedy| format!("; {remedy}")).unwrap_or_default();
         let _infallible = writeln!(text, "{mark} {subject:width$}  {finding}{remedy}");
     }
-    text
-}
-
-/// What policy does with one destination.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
-pub(crate) struct Explained {
-    destination: SocketAddr,
-    steered: bool,
-    because: String,
-}
-
-impl Explained {
-    pub(crate) fn new(destination: SocketAddr, verdict: &Verdict) -> Self {
-        let because = match verdict {
-            Verdict::Steered(capture) => format!("included by {capture}"),
-            Verdict::Excluded(capture) => format!("excluded by {capture}, and no include is more specific"),
-            Verdict::NotIncluded => "nothing includes it".to_owned(),
-            Verdict::Local => "this host, its link, a group or nobody: never steered".to_owned(),
-        };
-        Self { destination, steered: matches!(verdict, Verdict::Steered(_)), because }
-    }
+    text + &capabilities(possible, *mode)
 }
 
 /// The lines of `explain`.
-pub(crate) fn explained(explained: &[Explained]) -> String {
+pub(crate) fn explained(Explanations { explained }: &Explanations) -> String {
     let mut text = String::new();
     for Explained { destination, steered, because } in explained {
         let outcome = if *steered { "steered" } else { "passes" };
@@ -200,7 +180,6 @@ mod tests {
             counters: api::Counters { steered: 12, ..api::Counters::default() },
         };
         let shown = status(&api::Status {
-            version: 1,
             mode: Mode::Ebpf,
             proxy: api::Proxy { port: 15001, cgroup: None, attached: false },
             services: vec![service("idle", &[]), service("shop", &[("/a", true), ("/b", false)])],

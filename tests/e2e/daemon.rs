@@ -146,8 +146,9 @@ fn a_connection_from_before_enable_is_left_alone(sandbox: &Sandbox) {
 fn check_finds_everything_in_place(sandbox: &Sandbox) {
     let mesh = Mesh::enabled(sandbox, "");
     let check = || Agent::command(sandbox, &["check", "--json"]);
-    let all_is_well = |lines: &str| {
-        let lines: Vec<serde_json::Value> = serde_json::from_str(lines).expect("the findings as JSON");
+    let all_is_well = |said: &str| {
+        let said: serde_json::Value = serde_json::from_str(said).expect("the findings as JSON");
+        let lines = said["findings"].as_array().expect("the findings");
         !lines.is_empty() && lines.iter().all(|line| line["ok"] == true)
     };
     let before = check();

@@ -82,6 +82,12 @@ fn the_kernel_decides_as_policies_are_defined(sandbox: &Sandbox) {
     assert!(counted > 0 && counted < decisions as u64, "nothing but one answer tests nothing: {counted}");
 }
 
+/// What `explain --json` says.
+#[derive(Debug, Deserialize)]
+struct Explanations {
+    explained: Vec<Explained>,
+}
+
 /// What the definition says of a destination.
 #[derive(Debug, Deserialize)]
 struct Explained {
@@ -95,7 +101,9 @@ struct Explained {
 fn explained(sandbox: &Sandbox, service: &str, destinations: &[String]) -> Vec<Explained> {
     let command = [["explain", "--json", service].as_slice(), &refs(destinations)].concat();
     let finished = Agent::command(sandbox, &command);
-    serde_json::from_str(finished.ok()).expect("what the definition says, as JSON")
+    let Explanations { explained } =
+        serde_json::from_str(finished.ok()).expect("what the definition says, as JSON");
+    explained
 }
 
 fn refs(texts: &[String]) -> Vec<&str> {
