@@ -1,6 +1,6 @@
 //! The connect hooks: decide, remember the origin, rewrite.
 
-use crate::{context, datagram, kernel::Kernel, maps};
+use crate::{context, datagram, events, kernel::Kernel, maps};
 use agent_ebpf::{
     Counter, Origin,
     decide::{self, Attempt, Decision, Destination},
@@ -31,25 +31,32 @@ pub fn connect6(ctx: &SockAddrContext) -> i32 {
     PROCEED
 }
 
-/// Where the connection shall go instead, if elsewhere. All that is not steered goes one way, since the verifier follows
-/// each.
+/// Where the connection shall go instead, if elsewhere.
 #[inline(always)]
 fn target(ctx: &SockAddrContext, attempt: &Attempt) -> Option<Destination> {
     let id = maps::scope();
+    let (counter, target) = outcome(ctx, attempt, id)?;
+    events::decided(id, attempt, counter);
+    target
+}
+
+/// As what it counts, and where it shall go instead; nothing where it is not a question for policy. All that is not
+/// steered goes one way, since the verifier follows each.
+#[inline(always)]
+fn outcome(ctx: &SockAddrContext, attempt: &Attempt, id: u32) -> Option<(Counter, Option<Destination>)> {
     let kernel = Kernel::new(ctx, id);
     let family = attempt.destination.family;
     let mut decision = decide::connect(&kernel, attempt);
     let mut forgotten = false;
     if let Decision::Steer { proxy_port } = decision {
         if remember(ctx, &attempt.destination, id) {
-            maps::count(id, Counter::Steered);
-            return Some(Destination::loopback(family, proxy_port));
+            return Some((Counter::Steered, Some(Destination::loopback(family, proxy_port))));
         }
         decision = decide::without_proxy(kernel.service?, attempt);
         forgotten = true;
     }
     let counter = match decision {
-        Decision::Query { dns_port } => return datagram::target(&attempt.destination, dns_port, id),
+        Decision::Query { dns_port } => return Some(datagram::outcome(&attempt.destination, dns_port)),
         Decision::Ignore | Decision::Steer { .. } => return None,
         _ if forgotten => Counter::Errors,
         Decision::Refuse => Counter::Refused,
@@ -57,12 +64,12 @@ fn target(ctx: &SockAddrContext, attempt: &Attempt) -> Option<Destination> {
         Decision::Observe => Counter::Observed,
         Decision::PassProxyAbsent => Counter::PassedProxyAbsent,
     };
-    maps::count(id, counter);
     forget(ctx);
-    match decision {
+    let target = match decision {
         Decision::Refuse => Some(Destination::loopback(family, REFUSING_PORT)),
         _ => direct(&attempt.destination),
-    }
+    };
+    Some((counter, target))
 }
 
 /// Nothing can listen on port zero, so a connect to it is refused as by any closed port. A hook's own refusal would be

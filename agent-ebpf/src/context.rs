@@ -4,7 +4,7 @@
 //! bits, which the verifier refuses ("invalid bpf_context access size=8").
 
 use agent_ebpf::{
-    AF_INET, AF_INET6, Ends,
+    AF_INET, AF_INET6, Ends, IPPROTO_TCP, IPPROTO_UDP,
     decide::{Attempt, Destination, Transport},
 };
 use aya_ebpf::{
@@ -17,8 +17,6 @@ use core::ptr::{read_volatile, write_volatile};
 
 const SOCK_STREAM: u32 = 1;
 const SOCK_DGRAM: u32 = 2;
-const IPPROTO_UDP: u32 = 17;
-const IPPROTO_TCP: u32 = 6;
 const IPPROTO_MPTCP: u32 = 262;
 
 /// The connection attempt of a `connect4` hook.

@@ -1,6 +1,6 @@
 //! DNS by datagram: queries go to the port of the proxy's that stands for the resolver, and answers come from the resolver.
 
-use crate::{context, kernel::Kernel, maps};
+use crate::{context, events, kernel::Kernel, maps};
 use agent_ebpf::{
     Counter, DNS_PORT, RESOLVER_PORTS, ResolverKey,
     decide::{self, Attempt, Decision, Destination, Transport},
@@ -33,27 +33,26 @@ fn query(ctx: &SockAddrContext, attempt: &Attempt) -> Option<Destination> {
     let id = maps::scope();
     // Known here, so that the compiler leaves out what is for streams.
     let attempt = Attempt { transport: Transport::Udp, ..*attempt };
-    match decide::connect(&Kernel::new(ctx, id), &attempt) {
-        Decision::Query { dns_port } => target(&attempt.destination, dns_port, id),
-        _ => None,
-    }
+    let Decision::Query { dns_port } = decide::connect(&Kernel::new(ctx, id), &attempt) else { return None };
+    let (counter, target) = outcome(&attempt.destination, dns_port);
+    events::decided(id, &attempt, counter);
+    target
 }
 
-/// The port of the proxy's that stands for a resolver; with all of them taken by others the query goes its way.
+/// As what a query counts, and the port of the proxy's that stands for its resolver; with all of them taken by others it
+/// goes its way.
 #[inline(always)]
-pub fn target(resolver: &Destination, dns_port: u16, service: u32) -> Option<Destination> {
+pub fn outcome(resolver: &Destination, dns_port: u16) -> (Counter, Option<Destination>) {
     let family = resolver.family;
     let mut tries = 0;
     while tries < RESOLVER_PORTS {
         let port = decide::resolver_port(resolver, dns_port, tries);
         if maps::stands_for(&ResolverKey { family, port }, &resolver.addr) {
-            maps::count(service, Counter::Queries);
-            return Some(Destination::loopback(family, port));
+            return (Counter::Queries, Some(Destination::loopback(family, port)));
         }
         tries += 1;
     }
-    maps::count(service, Counter::Errors);
-    None
+    (Counter::Errors, None)
 }
 
 /// The sender of a datagram from an IPv4 address, as the application sees it.

@@ -7,11 +7,12 @@
 #![cfg_attr(not(test), no_std)]
 
 pub mod decide;
+pub mod watch;
 
 /// Version of everything in this crate that outlives a process: map names, keys, values and their meaning.
 ///
 /// Pins live below a directory that bears it, so two versions never mistake each other's maps.
-pub const ABI_VERSION: u32 = 3;
+pub const ABI_VERSION: u32 = 4;
 
 /// `AF_INET`, the same on every Linux architecture.
 pub const AF_INET: u16 = 2;
@@ -330,6 +331,19 @@ pub enum Counter {
     Queries,
 }
 
+impl Counter {
+    /// All of them, in the order of [`Counters`].
+    pub const ALL: [Self; 7] = [
+        Self::Steered,
+        Self::PassedByRule,
+        Self::PassedProxyAbsent,
+        Self::Refused,
+        Self::Errors,
+        Self::Observed,
+        Self::Queries,
+    ];
+}
+
 const _: () = assert!(size_of::<Counters>() == (Counter::Queries as usize + 1) * size_of::<u64>());
 
 impl Counters {
@@ -343,6 +357,103 @@ impl Counters {
         observed: 0,
         queries: 0,
     };
+}
+
+shared! {
+    /// How many entries came into the maps that forget, and how many were taken out of them; what else is missing was
+    /// forgotten. The value of `MR_TRACKED` for each CPU.
+    Tracked: 32 {
+        /// Entries of `MR_ORIGINS` that were added; one that replaces another is none.
+        origins_added: u64,
+        /// Entries of `MR_ORIGINS` that were removed.
+        origins_removed: u64,
+        /// Entries of `MR_CONNECTIONS` that were added.
+        connections_added: u64,
+        /// Entries of `MR_CONNECTIONS` that were removed.
+        connections_removed: u64,
+    }
+}
+
+/// One of [`Tracked`], by its place among them.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Track {
+    /// [`Tracked::origins_added`].
+    OriginsAdded,
+    /// [`Tracked::origins_removed`].
+    OriginsRemoved,
+    /// [`Tracked::connections_added`].
+    ConnectionsAdded,
+    /// [`Tracked::connections_removed`].
+    ConnectionsRemoved,
+}
+
+const _: () = assert!(size_of::<Tracked>() == (Track::ConnectionsRemoved as usize + 1) * size_of::<u64>());
+
+/// Bytes of a thread's name (`TASK_COMM_LEN`).
+pub const COMM_LEN: usize = 16;
+
+shared! {
+    /// A decision, as it is told to those who watch. Record of `MR_DECISIONS`.
+    Event: 64 {
+        /// `CLOCK_MONOTONIC` in nanoseconds.
+        time_ns: u64,
+        /// Where the application was going, network order.
+        addr: [u8; 16],
+        /// Name of the thread that connected, NUL padded.
+        comm: [u8; COMM_LEN],
+        /// The service's id.
+        service: u32,
+        /// User id of the process that connected.
+        uid: u32,
+        /// Process id (thread group), in the initial namespace.
+        pid: u32,
+        /// The [`Counter`] that counted it.
+        counter: u32,
+        /// [`AF_INET`] or [`AF_INET6`]; an IPv4-mapped IPv6 destination is [`AF_INET`].
+        family: u16,
+        /// The port it was going to.
+        port: u16,
+        /// [`IPPROTO_TCP`] or [`IPPROTO_UDP`].
+        transport: u32,
+    }
+}
+
+/// `IPPROTO_TCP`.
+pub const IPPROTO_TCP: u32 = 6;
+/// `IPPROTO_UDP`.
+pub const IPPROTO_UDP: u32 = 17;
+
+/// Bytes of `MR_DECISIONS`: seven thousand decisions. A power of two, and whole pages of every size.
+pub const DECISIONS_BYTES: u32 = 512 << 10;
+
+/// Words of [`Watch::services`].
+pub const WATCH_WORDS: usize = MAX_SERVICES as usize / 64;
+
+shared! {
+    /// Who watches what. The one value of `MR_WATCH`.
+    Watch: 528 {
+        /// `CLOCK_MONOTONIC` in nanoseconds until when somebody watches; zero while nobody does. It is put off again and
+        /// again, so that nothing is told to a daemon that is dead.
+        until_ns: u64,
+        /// Which services: one bit for each id, modulo their number.
+        services: [u64; WATCH_WORDS],
+        /// How many decisions each CPU may tell in a second.
+        rate: u32,
+        /// Zero.
+        reserved: u32,
+    }
+}
+
+shared! {
+    /// What a CPU told to those who watch. The value of `MR_LIMITS` for each CPU.
+    Limit: 24 {
+        /// `CLOCK_MONOTONIC` in nanoseconds at which the second began that is now.
+        since_ns: u64,
+        /// Decisions that were told in it.
+        told: u64,
+        /// Decisions that were not told: there were too many in their second, or the reader was too slow.
+        dropped: u64,
+    }
 }
 
 /// Names of the maps that are pinned, in the kernel (at most 15 bytes) and below the pin directory.
@@ -367,9 +478,32 @@ pub mod maps {
     /// Hash: [`VirtualKey`](super::VirtualKey) → [`Endpoint`](super::Endpoint).
     pub const VIRTUAL: &str = "MR_VIRTUAL";
 
+    /// Per-CPU array of one: [`Tracked`](super::Tracked).
+    pub const TRACKED: &str = "MR_TRACKED";
+
+    /// Ring buffer: [`Event`](super::Event).
+    pub const DECISIONS: &str = "MR_DECISIONS";
+    /// Array of one: [`Watch`](super::Watch).
+    pub const WATCH: &str = "MR_WATCH";
+    /// Per-CPU array of one: [`Limit`](super::Limit).
+    pub const LIMITS: &str = "MR_LIMITS";
+
     /// All of them.
-    pub const ALL: [&str; 9] =
-        [SERVICES, RULES, COUNTERS, SCOPES, ORIGINS, CONNECTIONS, LISTENERS, RESOLVERS, VIRTUAL];
+    pub const ALL: [&str; 13] = [
+        SERVICES,
+        RULES,
+        COUNTERS,
+        SCOPES,
+        ORIGINS,
+        CONNECTIONS,
+        LISTENERS,
+        RESOLVERS,
+        VIRTUAL,
+        TRACKED,
+        DECISIONS,
+        WATCH,
+        LIMITS,
+    ];
 }
 
 /// The programs: their names in the kernel, and where they attach.

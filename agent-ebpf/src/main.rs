@@ -12,6 +12,7 @@
 mod connect;
 mod context;
 mod datagram;
+mod events;
 mod kernel;
 mod liveness;
 mod maps;

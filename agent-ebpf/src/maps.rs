@@ -1,9 +1,9 @@
 //! Every map, and what the programs do with each.
 
 use agent_ebpf::{
-    AF_INET, Connection, Counter, Counters, Endpoint, Ends, Listener, MAX_CONNECTIONS, MAX_RULES,
-    MAX_SERVICES, MAX_VIRTUAL, Origin, RESOLVER_PORTS, ResolverKey, RuleKey, Rules, Service, VirtualKey,
-    decide::Destination,
+    AF_INET, Connection, Counter, Counters, DECISIONS_BYTES, Endpoint, Ends, Event, Limit, Listener,
+    MAX_CONNECTIONS, MAX_RULES, MAX_SERVICES, MAX_VIRTUAL, Origin, RESOLVER_PORTS, ResolverKey, RuleKey,
+    Rules, Service, Track, Tracked, VirtualKey, Watch, decide::Destination,
 };
 #[expect(
     deprecated,
@@ -12,11 +12,11 @@ use agent_ebpf::{
 use aya_ebpf::maps::CgroupStorage;
 use aya_ebpf::{
     Global,
-    bindings::{BPF_F_NO_PREALLOC, BPF_NOEXIST, BPF_SK_STORAGE_GET_F_CREATE, bpf_sock},
+    bindings::{BPF_F_NO_PREALLOC, BPF_NOEXIST, BPF_RB_NO_WAKEUP, BPF_SK_STORAGE_GET_F_CREATE, bpf_sock},
     btf_maps::SkStorage,
     helpers::generated::bpf_sk_storage_get,
     macros::{btf_map, map},
-    maps::{HashMap, LpmTrie, LruHashMap, PerCpuHashMap, lpm_trie::Key},
+    maps::{Array, HashMap, LpmTrie, LruHashMap, PerCpuArray, PerCpuHashMap, RingBuf, lpm_trie::Key},
 };
 
 #[map]
@@ -36,6 +36,14 @@ static MR_VIRTUAL: HashMap<VirtualKey, Endpoint> = HashMap::with_max_entries(MAX
 #[map]
 #[expect(deprecated, reason = "see the import")]
 static MR_SCOPES: CgroupStorage<u32> = CgroupStorage::new();
+#[map]
+static MR_TRACKED: PerCpuArray<Tracked> = PerCpuArray::with_max_entries(1, 0);
+#[map]
+static MR_DECISIONS: RingBuf = RingBuf::with_byte_size(DECISIONS_BYTES, 0);
+#[map]
+static MR_WATCH: Array<Watch> = Array::with_max_entries(1, 0);
+#[map]
+static MR_LIMITS: PerCpuArray<Limit> = PerCpuArray::with_max_entries(1, 0);
 #[btf_map]
 static MR_LISTENERS: SkStorage<Listener> = SkStorage::new();
 
@@ -88,13 +96,13 @@ pub fn origin(socket: u64) -> Option<&'static Origin> {
 /// Gives a client's socket an origin, in place of the one it has; false when there is no room for it.
 #[inline(always)]
 pub fn set_origin(socket: u64, origin: &Origin) -> bool {
-    MR_ORIGINS.insert(socket, origin, 0).is_ok()
+    put(&MR_ORIGINS, &socket, origin, Track::OriginsAdded)
 }
 
 /// Forgets the origin of a client's socket.
 #[inline(always)]
 pub fn clear_origin(socket: u64) {
-    let _absent_is_fine = MR_ORIGINS.remove(socket);
+    take(&MR_ORIGINS, &socket, Track::OriginsRemoved);
 }
 
 /// The resolver that a port of the proxy's stands for.
@@ -149,7 +157,7 @@ fn listener_storage(sk: *mut bpf_sock, value: *mut Listener, flags: u64) -> Opti
 #[inline(always)]
 pub fn add_connection(ends: &Ends, origin: &Origin) -> bool {
     let connection = Connection { origin: *origin, accepted: 0, reserved: 0 };
-    MR_CONNECTIONS.insert(ends, connection, 0).is_ok()
+    put(&MR_CONNECTIONS, ends, &connection, Track::ConnectionsAdded)
 }
 
 /// A connection between a client and the proxy.
@@ -162,5 +170,54 @@ pub fn connection(ends: &Ends) -> Option<&'static mut Connection> {
 /// Forgets a connection.
 #[inline(always)]
 pub fn remove_connection(ends: &Ends) {
-    let _absent_is_fine = MR_CONNECTIONS.remove(ends);
+    take(&MR_CONNECTIONS, ends, Track::ConnectionsRemoved);
+}
+
+const EEXIST: i32 = 17;
+
+/// Puts an entry into a map that forgets, in place of the one that is there; only one that is new is counted.
+#[inline(always)]
+fn put<K, V>(map: &LruHashMap<K, V>, key: &K, value: &V, added: Track) -> bool {
+    match map.insert(key, value, BPF_NOEXIST.into()) {
+        Ok(()) => {
+            track(added);
+            true
+        }
+        Err(error) => error == -EEXIST && map.insert(key, value, 0).is_ok(),
+    }
+}
+
+/// Takes an entry out, if it is there.
+#[inline(always)]
+fn take<K, V>(map: &LruHashMap<K, V>, key: &K, removed: Track) {
+    if map.remove(key).is_ok() {
+        track(removed);
+    }
+}
+
+#[inline(always)]
+fn track(what: Track) {
+    if let Some(tracked) = MR_TRACKED.get_ptr_mut(0) {
+        // SAFETY: the value is this CPU's own, and nothing but the counts, in their order.
+        unsafe { *tracked.cast::<u64>().add(what as usize) += 1 };
+    }
+}
+
+/// Who watches what.
+#[inline(always)]
+pub fn watch() -> Option<&'static Watch> {
+    MR_WATCH.get(0)
+}
+
+/// What this CPU told.
+#[inline(always)]
+pub fn limit() -> Option<&'static mut Limit> {
+    // SAFETY: the value is this CPU's own.
+    MR_LIMITS.get_ptr_mut(0).map(|limit| unsafe { &mut *limit })
+}
+
+/// Tells a decision, and wakes nobody up: whoever reads looks again by itself. False when there is no room.
+#[inline(always)]
+pub fn tell(event: &Event) -> bool {
+    MR_DECISIONS.output::<Event>(event, BPF_RB_NO_WAKEUP.into()).is_ok()
 }

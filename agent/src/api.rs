@@ -21,6 +21,19 @@ pub(crate) struct Status {
     pub(crate) mode: Mode,
     pub(crate) proxy: Proxy,
     pub(crate) services: Vec<Service>,
+    /// How full the kernel's maps are; none where nothing is loaded, or steered without maps.
+    pub(crate) maps: Vec<Map>,
+}
+
+/// One map of the kernel's.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct Map {
+    pub(crate) name: String,
+    pub(crate) entries: u64,
+    pub(crate) capacity: u64,
+    /// Entries that had to make room for others; absent for a map that refuses instead.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(crate) evicted: Option<u64>,
 }
 
 /// The proxy's side.

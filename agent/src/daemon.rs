@@ -9,7 +9,7 @@ use crate::{
     lock,
     mode::{self, Mode},
     origins, plan, probe,
-    redirect::{self, Cgroup, Ready, Redirect},
+    redirect::{self, Cgroup, MapUsage, Ready, Redirect},
     routable::Routable,
     state::{State, StateFile},
     watch,
@@ -245,7 +245,9 @@ impl Daemon {
                 counters: known.map(|known| known.counters.into()).unwrap_or_default(),
             }
         });
-        Ok(api::Status { mode: self.mode, proxy, services: services.collect() })
+        let services = services.collect();
+        let maps = self.redirect.usage()?.into_iter().map(api::Map::from).collect();
+        Ok(api::Status { mode: self.mode, proxy, services, maps })
     }
 
     /// Makes another state the one that holds: on disk first, so that a crash leaves more wanted than done, never
@@ -303,6 +305,12 @@ fn answer<T>(reply: Reply<T>, result: Result<T, Error>) {
         tracing::warn!("{error}");
     }
     let _the_caller_may_be_gone = reply.send(result);
+}
+
+impl From<MapUsage> for api::Map {
+    fn from(MapUsage { name, entries, capacity, evicted }: MapUsage) -> Self {
+        Self { name: name.to_owned(), entries, capacity, evicted }
+    }
 }
 
 impl From<agent_ebpf::Counters> for api::Counters {

@@ -183,6 +183,7 @@ mod tests {
             mode: Mode::Ebpf,
             proxy: api::Proxy { port: 15001, cgroup: None, attached: false },
             services: vec![service("idle", &[]), service("shop", &[("/a", true), ("/b", false)])],
+            maps: vec![],
         });
         assert!(
             shown.starts_with("ebpf · proxy on port 15001 in not running: nothing is steered\n"),

@@ -11,6 +11,7 @@ use crate::{
 };
 use agent_ebpf::Counters;
 use ebpf::Ebpf;
+pub(crate) use ebpf::MapUsage;
 use hosts::Hosts;
 use nftables::Nftables;
 use std::{
@@ -96,6 +97,14 @@ impl Redirect {
             Self::Ebpf(ebpf) => Ok(ebpf.status()?),
             Self::Nftables(nftables) => Ok(nftables.status(desired)?),
             Self::Hosts(hosts) => Ok(hosts.status(desired)?),
+        }
+    }
+
+    /// How full the maps in the kernel are, where there are any.
+    pub(crate) fn usage(&mut self) -> Result<Vec<MapUsage>, Error> {
+        match self {
+            Self::Ebpf(ebpf) => Ok(ebpf.usage()?),
+            Self::Nftables(_) | Self::Hosts(_) => Ok(Vec::new()),
         }
     }
 

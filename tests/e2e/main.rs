@@ -70,6 +70,7 @@ mod harness;
 mod hosts;
 mod listener;
 mod liveness;
+mod maps;
 mod names;
 mod nftables;
 mod origins;

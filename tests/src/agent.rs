@@ -22,6 +22,21 @@ pub struct Agent<'s> {
 pub struct Status {
     /// The enabled services.
     pub services: Vec<ServiceStatus>,
+    /// How full the kernel's maps are.
+    pub maps: Vec<MapStatus>,
+}
+
+/// One map of the kernel's.
+#[derive(Debug, PartialEq, Eq, Deserialize)]
+pub struct MapStatus {
+    /// As the kernel calls it.
+    pub name: String,
+    /// How many entries it holds.
+    pub entries: u64,
+    /// How many it has room for.
+    pub capacity: u64,
+    /// How many made room for others, where they can.
+    pub evicted: Option<u64>,
 }
 
 /// One enabled service.
@@ -165,6 +180,14 @@ services:
         let status = self.status();
         let found = status.services.iter().find(|found| found.name == service);
         found.unwrap_or_else(|| panic!("{service} is not enabled: {status:?}")).counters
+    }
+
+    /// How full a map of the kernel's is.
+    #[track_caller]
+    pub fn map(&self, name: &str) -> MapStatus {
+        let status = self.status();
+        let found = status.maps.into_iter().find(|map| map.name == name);
+        found.unwrap_or_else(|| panic!("there is no map {name}"))
     }
 
     /// What the daemon logged so far, in this life and those before.

@@ -7,6 +7,7 @@ mod error;
 mod maps;
 mod object;
 mod pins;
+mod usage;
 mod written;
 
 pub(crate) use object::{others, try_load};
@@ -15,6 +16,8 @@ pub(crate) use error::Error;
 use maps::Maps;
 use object::Loader;
 use pins::{Owner, Pins};
+use usage::Evicted;
+pub(crate) use usage::MapUsage;
 use written::Written;
 
 use super::{Cgroup, Desired, Service, ServiceStatus, Status};
@@ -38,6 +41,7 @@ pub(crate) struct Ebpf {
     /// What this process wrote and attached, so that an `apply` does no more than what changed.
     written: Written,
     attached: BTreeSet<pins::Scope>,
+    evicted: Evicted,
 }
 
 impl Ebpf {
@@ -51,6 +55,7 @@ impl Ebpf {
             loaded: false,
             written: Written::default(),
             attached: BTreeSet::new(),
+            evicted: Evicted::default(),
         }
     }
 
@@ -119,6 +124,7 @@ impl Ebpf {
     pub(crate) fn remove(&mut self) -> Result<(), Error> {
         self.written = Written::default();
         self.attached.clear();
+        self.evicted = Evicted::default();
         self.loaded = false;
         for scope in self.pins.scopes()? {
             self.pins.remove_scope(scope)?;
@@ -147,6 +153,11 @@ impl Ebpf {
             status.services.push(ServiceStatus { id, cgroups, counters: maps.counters(id)? });
         }
         Ok(status)
+    }
+
+    /// How full the maps are; none while there are none.
+    pub(crate) fn usage(&mut self) -> Result<Vec<MapUsage>, Error> {
+        if self.pins.exist() { self.evicted.usage(&self.pins) } else { Ok(Vec::new()) }
     }
 
     fn attach_all(&mut self, maps: &mut Maps, service: &Service) -> Result<(), Error> {

@@ -1,6 +1,6 @@
-//! `bpf(2)` for cgroup links and their pins.
+//! `bpf(2)` for cgroup links and their pins, and for the number of a map's entries.
 //!
-//! aya 0.14 can neither replace the program of a cgroup link nor pin a getsockopt link.
+//! aya 0.14 can neither replace the program of a cgroup link nor pin a getsockopt link, and reads maps entry by entry.
 
 #![expect(unsafe_code, reason = "bpf(2) takes pointers")]
 
@@ -18,6 +18,7 @@ const BPF_OBJ_PIN: u32 = 6;
 const BPF_OBJ_GET: u32 = 7;
 const BPF_OBJ_GET_INFO_BY_FD: u32 = 15;
 const BPF_PROG_QUERY: u32 = 16;
+const BPF_MAP_LOOKUP_BATCH: u32 = 24;
 const BPF_LINK_CREATE: u32 = 28;
 const BPF_LINK_UPDATE: u32 = 29;
 
@@ -92,6 +93,52 @@ pub(crate) fn attached(cgroup: BorrowedFd<'_>, attach_type: u32) -> io::Result<V
     };
     bpf(BPF_PROG_QUERY, &mut attr)?;
     Ok(ids.into_iter().take(attr.count as usize).collect())
+}
+
+/// How many entries a hash map holds, read in one pass over its buckets; `value_size` is that of all CPUs together where
+/// each has a value of its own. Linux 5.6.
+pub(crate) fn count_entries(map: BorrowedFd<'_>, key_size: usize, value_size: usize) -> io::Result<u64> {
+    #[repr(C)]
+    struct Attr {
+        from: u64,
+        to: u64,
+        keys: u64,
+        values: u64,
+        count: u32,
+        map: u32,
+        element_flags: u64,
+        flags: u64,
+    }
+    // More than any bucket holds.
+    const AT_ONCE: u32 = 4096;
+    let mut keys = vec![0_u8; AT_ONCE as usize * key_size];
+    let mut values = vec![0_u8; AT_ONCE as usize * value_size];
+    // The bucket to go on from, which the kernel reads before it writes the next one.
+    let mut bucket = 0_u32;
+    let at = (&raw mut bucket).expose_provenance() as u64;
+    let mut attr = Attr {
+        from: 0,
+        to: at,
+        keys: keys.as_mut_ptr().expose_provenance() as u64,
+        values: values.as_mut_ptr().expose_provenance() as u64,
+        count: AT_ONCE,
+        map: map.as_raw_fd() as u32,
+        element_flags: 0,
+        flags: 0,
+    };
+    let mut entries = 0;
+    loop {
+        attr.count = AT_ONCE;
+        match bpf(BPF_MAP_LOOKUP_BATCH, &mut attr) {
+            Ok(_) => entries += u64::from(attr.count),
+            // The end.
+            Err(error) if error.raw_os_error() == Some(libc::ENOENT) => {
+                return Ok(entries + u64::from(attr.count));
+            }
+            Err(error) => return Err(error),
+        }
+        attr.from = at;
+    }
 }
 
 /// Gives a link, map or program a name on a BPF file system.

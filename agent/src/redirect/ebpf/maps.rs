@@ -232,7 +232,7 @@ fn padded(name: &str) -> [u8; NAME_LEN] {
     padded
 }
 
-fn failed(action: &'static str, name: &'static str) -> impl Fn(MapError) -> Error {
+pub(super) fn failed(action: &'static str, name: &'static str) -> impl Fn(MapError) -> Error {
     move |cause| Error::Map { action, name, cause: Box::new(cause) }
 }
 

@@ -1,4 +1,4 @@
-//! Where things are pinned: `PINS/v3/{maps,programs,links/SCOPE}/NAME`.
+//! Where things are pinned: `PINS/v4/{maps,programs,links/SCOPE}/NAME`.
 //!
 //! Only names that this file can have written are ever removed.
 
