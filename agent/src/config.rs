@@ -27,6 +27,8 @@ const MAX_BYTES: u64 = 4 << 20;
 /// A validated configuration.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct Config {
+    /// The file that it was read from, or would have been.
+    pub(crate) file: PathBuf,
     pub(crate) mode: Wanted,
     pub(crate) paths: Paths,
     pub(crate) proxy: Proxy,
@@ -113,19 +115,56 @@ pub(crate) struct Service {
 pub(crate) struct Policy {
     pub(crate) failure: Failure,
     /// What is steered unless the others say otherwise.
-    pub(crate) base: Base,
+    pub(crate) base: Written<Base>,
     /// Shared by services that inherit it.
-    pub(crate) include: Arc<[Capture]>,
-    pub(crate) exclude: Arc<[Capture]>,
+    pub(crate) include: Arc<[Written<Capture>]>,
+    pub(crate) exclude: Arc<[Written<Capture>]>,
     /// Whether DNS queries are steered.
-    pub(crate) dns: bool,
+    pub(crate) dns: Written<bool>,
+}
+
+/// What the file says, or what holds where it says nothing.
+#[derive(Clone, Copy, Debug, Eq)]
+pub(crate) struct Written<T> {
+    pub(crate) value: T,
+    /// From 1; none for what is built in.
+    pub(crate) line: Option<u64>,
+}
+
+/// Where something is written makes no difference to what it means: policies that say the same are the same, and share
+/// what they are compiled to.
+impl<T: PartialEq> PartialEq for Written<T> {
+    fn eq(&self, other: &Self) -> bool {
+        self.value == other.value
+    }
+}
+
+impl<T> Written<T> {
+    /// What holds without being written.
+    pub(crate) const fn built_in(value: T) -> Self {
+        Self { value, line: None }
+    }
+
+    fn at(location: Location, value: T) -> Self {
+        Self { value, line: Some(location.line()).filter(|line| *line != 0) }
+    }
+}
+
+/// By the place of what is meant, not of the alias that stands for it.
+impl<T> From<Spanned<T>> for Written<T> {
+    fn from(Spanned { value, defined, .. }: Spanned<T>) -> Self {
+        Self::at(defined, value)
+    }
 }
 
 impl Policy {
     /// Whether what the proxy can route makes a difference to it.
     pub(crate) fn follows_routable(&self) -> bool {
-        let is_service = |capture: &Capture| matches!(capture.destinations, Destinations::Service(_));
-        self.dns || self.base == Base::Routable || self.include.iter().chain(&*self.exclude).any(is_service)
+        let is_service =
+            |capture: &Written<Capture>| matches!(capture.value.destinations, Destinations::Service(_));
+        self.dns.value
+            || self.base.value == Base::Routable
+            || self.include.iter().chain(&*self.exclude).any(is_service)
     }
 }
 
@@ -173,7 +212,7 @@ impl Config {
         }
     }
 
-    /// Parses and validates; `file` is for messages only.
+    /// Parses and validates what is written in `file`.
     pub(crate) fn parse(file: &Path, text: &str) -> Result<Self, ConfigError> {
         let options = serde_saphyr::options! { with_snippet: false, strict_booleans: true };
         let at = |location: Location, message: String| ConfigError::Invalid {
@@ -185,7 +224,7 @@ impl Config {
         let raw: RawConfig = serde_saphyr::from_str_with_options(text, options).map_err(|error| {
             at(error.location().unwrap_or(Location::UNKNOWN), strip_location(&error.to_string()))
         })?;
-        raw.validate().map_err(|Fault { location, message }| at(location, message))
+        raw.validate(file).map_err(|Fault { location, message }| at(location, message))
     }
 
     /// Whether what the proxy can route makes a difference to any service.
@@ -252,13 +291,13 @@ fn fault<T, R>(at: &Spanned<T>, message: impl Into<String>) -> Result<R, Fault> 
 }
 
 impl RawConfig {
-    fn validate(self) -> Result<Config, Fault> {
+    fn validate(self, file: &Path) -> Result<Config, Fault> {
         let none = Policy {
             failure: Failure::Open,
-            base: Base::All,
+            base: Written::built_in(Base::All),
             include: [].into(),
             exclude: [].into(),
-            dns: false,
+            dns: Written::built_in(false),
         };
         let defaults = policy(self.failure, self.capture, &none);
         let paths = Paths {
@@ -286,7 +325,7 @@ impl RawConfig {
             Some(RawMode::Nftables) => Wanted::Only(Mode::Nftables),
             Some(RawMode::Hosts) => Wanted::Only(Mode::Hosts),
         };
-        Ok(Config { mode, paths, proxy, defaults, services })
+        Ok(Config { file: file.to_owned(), mode, paths, proxy, defaults, services })
     }
 }
 
@@ -297,15 +336,22 @@ fn service(raw: RawService, defaults: &Policy) -> Result<Service, Fault> {
 }
 
 /// A policy, which has from another one what it does not say itself. Whoever lists what is steered means the list alone.
-fn policy(failure: Option<Failure>, capture: RawCapture, inherited: &Policy) -> Policy {
-    let RawCapture { base, include, exclude, dns } = capture;
-    let listed = include.is_some().then_some(Base::Listed);
+fn policy(failure: Option<Failure>, capture: Option<Spanned<RawCapture>>, inherited: &Policy) -> Policy {
+    let place = capture.as_ref().map_or(Location::UNKNOWN, |capture| capture.defined);
+    let RawCapture { base, include, exclude, dns } = capture.map(|capture| capture.value).unwrap_or_default();
+    let listed = include.as_ref().map(|include| Written::at(include.defined, Base::Listed));
+    // A base that is all that is said has its place from what it is said of.
+    let base = base.map(|base| match base.defined {
+        Location::UNKNOWN => Written::at(place, base.value),
+        _ => base.into(),
+    });
+    let written = |captures: Vec<Spanned<Capture>>| captures.into_iter().map(Written::from).collect();
     Policy {
         failure: failure.unwrap_or(inherited.failure),
         base: base.or(listed).unwrap_or(inherited.base),
-        include: include.map_or_else(|| Arc::clone(&inherited.include), Into::into),
-        exclude: exclude.map_or_else(|| Arc::clone(&inherited.exclude), Into::into),
-        dns: dns.unwrap_or(inherited.dns),
+        include: include.map_or_else(|| Arc::clone(&inherited.include), |include| written(include.value)),
+        exclude: exclude.map_or_else(|| Arc::clone(&inherited.exclude), written),
+        dns: dns.map_or(inherited.dns, Written::from),
     }
 }
 

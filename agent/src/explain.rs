@@ -3,8 +3,8 @@
 use crate::{
     config::{Config, check_name},
     ready,
+    reason::Reason,
     routable::Routable,
-    rules::{self, Verdict},
 };
 use serde::Serialize;
 use std::net::SocketAddr;
@@ -19,20 +19,8 @@ pub(crate) struct Explanations {
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 pub(crate) struct Explained {
     pub(crate) destination: SocketAddr,
-    pub(crate) steered: bool,
-    pub(crate) because: String,
-}
-
-impl Explained {
-    fn new(destination: SocketAddr, verdict: &Verdict) -> Self {
-        let because = match verdict {
-            Verdict::Steered(capture) => format!("included by {capture}"),
-            Verdict::Excluded(capture) => format!("excluded by {capture}, and no include is more specific"),
-            Verdict::NotIncluded => "nothing includes it".to_owned(),
-            Verdict::Local => "this host, its link, a group or nobody: never steered".to_owned(),
-        };
-        Self { destination, steered: matches!(verdict, Verdict::Steered(_)), because }
-    }
+    #[serde(flatten)]
+    pub(crate) reason: Reason,
 }
 
 /// What the policy of a service does with connections to destinations.
@@ -44,7 +32,8 @@ pub(crate) fn explain(
     check_name(service).map_err(anyhow::Error::msg)?;
     let policy = config.policy(service);
     let routable = if policy.follows_routable() { known_routable(config) } else { Routable::default() };
-    let explain = |&destination| Explained::new(destination, &rules::decide(policy, &routable, destination));
+    let explain =
+        |&destination| Explained { destination, reason: Reason::of(config, &routable, service, destination) };
     Ok(Explanations { explained: destinations.iter().map(explain).collect() })
 }
 

@@ -21,6 +21,7 @@ mod plan;
 mod present;
 mod probe;
 mod ready;
+mod reason;
 mod redirect;
 mod routable;
 mod rules;

@@ -109,7 +109,7 @@ pub(crate) fn service(
         failure: policy.failure,
         observe: entry.observe,
         proxy_port: config.proxy.port,
-        dns_port: policy.dns.then_some(config.proxy.dns_port),
+        dns_port: policy.dns.value.then_some(config.proxy.dns_port),
         entries,
         scopes: Vec::new(),
         users: Vec::new(),

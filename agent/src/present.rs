@@ -144,9 +144,9 @@ pub(crate) fn check(Findings { findings, mode, possible }: &Findings) -> String 
 /// The lines of `explain`.
 pub(crate) fn explained(Explanations { explained }: &Explanations) -> String {
     let mut text = String::new();
-    for Explained { destination, steered, because } in explained {
-        let outcome = if *steered { "steered" } else { "passes" };
-        let _infallible = writeln!(text, "{destination}: {outcome}: {because}");
+    for Explained { destination, reason } in explained {
+        let outcome = if reason.steered { "steered" } else { "passes" };
+        let _infallible = writeln!(text, "{destination}: {outcome}: {} ({})", reason.because, reason.place());
     }
     text
 }

@@ -7,7 +7,7 @@ use ipnet::IpNet;
 use serde::{Deserialize, Serialize};
 use std::{
     collections::BTreeMap,
-    fs, io,
+    fmt, fs, io,
     net::{IpAddr, Ipv4Addr, SocketAddr},
     path::Path,
 };
@@ -68,6 +68,37 @@ impl Name {
     }
 }
 
+/// A place where a service is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Place<'r> {
+    pub(crate) service: &'r str,
+    pub(crate) net: IpNet,
+    pub(crate) ports: Ports,
+    kind: PlaceKind<'r>,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum PlaceKind<'r> {
+    /// Where its names lead without the proxy.
+    Address,
+    /// The virtual address of a name.
+    Virtual(&'r str),
+    Endpoint,
+}
+
+impl fmt::Display for Place<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let address = self.net.addr();
+        match self.kind {
+            PlaceKind::Address => write!(f, "address {address} of {}", self.service),
+            PlaceKind::Virtual(name) => write!(f, "virtual address of {name}"),
+            PlaceKind::Endpoint => {
+                write!(f, "endpoint {} of {}", SocketAddr::new(address, self.ports.first), self.service)
+            }
+        }
+    }
+}
+
 impl Default for Routable {
     fn default() -> Self {
         Self { version: VERSION, services: Vec::new() }
@@ -90,17 +121,14 @@ impl Routable {
         }
     }
 
-    /// Where a service is: blocks and ports; nowhere for one that the proxy does not know.
-    pub(crate) fn of(&self, service: &str) -> impl Iterator<Item = (IpNet, Ports)> {
-        self.services.iter().filter(move |known| known.name == service).flat_map(Service::destinations)
+    /// Where a service is; nowhere for one that the proxy does not know.
+    pub(crate) fn of<'r>(&'r self, service: &str) -> impl Iterator<Item = Place<'r>> {
+        self.services.iter().filter(move |known| known.name == service).flat_map(Service::places)
     }
 
-    /// Where all services are, and which one it is.
-    pub(crate) fn all(&self) -> impl Iterator<Item = (&str, (IpNet, Ports))> {
-        let of = |service: &Service| service.destinations().collect::<Vec<_>>();
-        self.services
-            .iter()
-            .flat_map(move |service| of(service).into_iter().map(|to| (service.name.as_str(), to)))
+    /// Where all services are.
+    pub(crate) fn all(&self) -> impl Iterator<Item = Place<'_>> {
+        self.services.iter().flat_map(Service::places)
     }
 
     /// Each virtual address, and an endpoint of its name: of the same family, or an IPv4 one for an IPv6 socket, which can
@@ -162,12 +190,19 @@ impl Routable {
 }
 
 impl Service {
-    fn destinations(&self) -> impl Iterator<Item = (IpNet, Ports)> {
+    fn places(&self) -> impl Iterator<Item = Place<'_>> {
         const ANY_PORT: Ports = Ports { first: 0, last: u16::MAX };
-        let of_domains = self.domains.iter().flat_map(|domain| &domain.virtual_addresses);
-        let addresses = self.addresses.iter().chain(of_domains).map(|&address| (address.into(), ANY_PORT));
-        let endpoint = |to: &SocketAddr| (to.ip().into(), Ports { first: to.port(), last: to.port() });
-        addresses.chain(self.endpoints.iter().map(endpoint)).collect::<Vec<_>>().into_iter()
+        let place =
+            |address: IpAddr, ports, kind| Place { service: &self.name, net: address.into(), ports, kind };
+        let addresses = self.addresses.iter().map(move |to| place(*to, ANY_PORT, PlaceKind::Address));
+        let of_domain = move |domain| {
+            let Domain { name, virtual_addresses, .. }: &Domain = domain;
+            virtual_addresses.iter().map(move |to| place(*to, ANY_PORT, PlaceKind::Virtual(name)))
+        };
+        let endpoint = move |to: &SocketAddr| {
+            place(to.ip(), Ports { first: to.port(), last: to.port() }, PlaceKind::Endpoint)
+        };
+        addresses.chain(self.domains.iter().flat_map(of_domain)).chain(self.endpoints.iter().map(endpoint))
     }
 }
 
@@ -193,10 +228,15 @@ mod tests {
     #[test]
     fn a_service_is_at_its_addresses_at_any_port_and_at_its_endpoints() {
         let routable = Routable::parse(SAID.as_bytes()).unwrap();
-        let shown = |(net, ports): (IpNet, Ports)| format!("{net} {ports}");
+        let shown = |place: Place<'_>| format!("{} {}: {place}", place.net, place.ports);
         let found: Vec<String> = routable.of("catalog").map(shown).collect();
-        assert!(found.contains(&"10.77.0.10/32 0-65535".to_owned()), "{found:?}");
-        assert!(found.contains(&"10.77.0.3/32 8080".to_owned()), "{found:?}");
+        for expected in [
+            "10.77.0.10/32 0-65535: address 10.77.0.10 of catalog",
+            "241.3.7.9/32 0-65535: virtual address of catalog.internal",
+            "10.77.0.3/32 8080: endpoint 10.77.0.3:8080 of catalog",
+        ] {
+            assert!(found.iter().any(|found| found == expected), "{expected}: {found:?}");
+        }
         assert_eq!(routable.of("other").count(), 0);
         assert_eq!(routable.all().count(), found.len());
     }

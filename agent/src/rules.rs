@@ -6,8 +6,8 @@
 //! same; captures that merely overlap are not comparable, and then the exclude wins.
 
 use crate::{
-    config::{Base, Capture, Destinations, Failure, Policy, Ports},
-    routable::Routable,
+    config::{Base, Capture, Destinations, Failure, Policy, Ports, Written},
+    routable::{Place, Routable},
 };
 use agent_ebpf::{
     AF_INET, AF_INET6, DNS_PORT, MAX_PORT_RANGES, PortRange, RuleKey, Rules, VERDICT_STEER,
@@ -73,17 +73,82 @@ pub(crate) struct TooManyRanges {
     needed: usize,
 }
 
-/// A capture of one block and one range.
+/// What of a policy covers a destination.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Rule<'p> {
+    part: Part<'p>,
+    /// Where a service of the proxy's is, where it is covered for that.
+    place: Option<Place<'p>>,
+}
+
+/// A part of a policy.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Part<'p> {
+    Base(Written<Base>),
+    /// For the queries themselves.
+    Queries(Written<bool>),
+    /// For what their answers lead to.
+    VirtualAddresses(Written<bool>),
+    Include(&'p Written<Capture>),
+    Exclude(&'p Written<Capture>),
+}
+
+impl Rule<'_> {
+    /// The line of the configuration at which it is written; none where it is built in.
+    pub(crate) fn line(&self) -> Option<u64> {
+        match self.part {
+            Part::Base(base) => base.line,
+            Part::Queries(dns) | Part::VirtualAddresses(dns) => dns.line,
+            Part::Include(capture) | Part::Exclude(capture) => capture.line,
+        }
+    }
+}
+
+impl fmt::Display for Part<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Base(base) => write!(f, "base {}", base.value),
+            Self::Queries(_) | Self::VirtualAddresses(_) => f.write_str("dns"),
+            Self::Include(capture) => write!(f, "include {}", capture.value),
+            Self::Exclude(capture) => write!(f, "exclude {}", capture.value),
+        }
+    }
+}
+
+impl fmt::Display for Rule<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.part.fmt(f)?;
+        match (self.part, self.place) {
+            (Part::Queries(_), _) => f.write_str(" (queries)"),
+            (Part::VirtualAddresses(_), _) => f.write_str(" (virtual addresses)"),
+            (_, Some(place)) => write!(f, " ({place})"),
+            (_, None) => Ok(()),
+        }
+    }
+}
+
+/// A rule for one block and one range.
 #[derive(Clone, Copy, Debug)]
 struct Block<'p> {
     net: IpNet,
     ports: Ports,
-    include: bool,
-    /// The service of the proxy's that is there, where it is captured for that.
-    service: Option<&'p str>,
+    rule: Rule<'p>,
 }
 
-impl Block<'_> {
+impl<'p> Block<'p> {
+    fn new(part: Part<'p>, net: IpNet, ports: Ports) -> Self {
+        Self { net, ports, rule: Rule { part, place: None } }
+    }
+
+    fn at_place(part: Part<'p>, place: Place<'p>) -> Self {
+        let Place { net, ports, .. } = place;
+        Self { net, ports, rule: Rule { part, place: Some(place) } }
+    }
+
+    fn is_include(&self) -> bool {
+        !matches!(self.rule.part, Part::Exclude(_))
+    }
+
     fn is_within(&self, other: &Self) -> bool {
         other.net.contains(&self.net)
             && other.ports.first <= self.ports.first
@@ -97,14 +162,6 @@ impl Block<'_> {
     /// How many addresses and ports there are in it, as far as that tells which of two around one point is smaller.
     fn size(&self) -> (u8, u16) {
         (self.net.max_prefix_len() - self.net.prefix_len(), self.ports.last - self.ports.first)
-    }
-
-    fn capture(&self) -> Capture {
-        let destinations = match self.service {
-            Some(service) => Destinations::Service(service.to_owned()),
-            None => Destinations::Block(self.net),
-        };
-        Capture { destinations, ports: vec![self.ports] }
     }
 
     /// The part of it that is at some ports.
@@ -138,102 +195,148 @@ pub(crate) fn compile(policy: &Policy, routable: &Routable) -> Result<Vec<Entry>
 /// A compiled policy that steers all there is.
 pub(crate) fn everything() -> Vec<Entry> {
     let (include, exclude) = ([].into(), [].into());
-    let policy = Policy { failure: Failure::Open, base: Base::All, include, exclude, dns: false };
+    let (base, dns) = (Written::built_in(Base::All), Written::built_in(false));
+    let policy = Policy { failure: Failure::Open, base, include, exclude, dns };
     compile(&policy, &Routable::default()).unwrap_or_default()
 }
 
 /// What becomes of a destination, and why.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(crate) enum Verdict {
+pub(crate) enum Verdict<'p> {
     /// An include covers it, this one most closely.
-    Steered(Capture),
+    Steered(Rule<'p>),
     /// An exclude covers it, and no include is more specific.
-    Excluded(Capture),
-    /// No include covers it.
-    NotIncluded,
+    Excluded(Rule<'p>),
+    /// No include covers it, and this base does not either.
+    NotIncluded(Rule<'p>),
     /// It is this host itself, its link, many hosts or none.
     Local,
 }
 
+impl<'p> Verdict<'p> {
+    /// What says so; none for what no policy can have meant.
+    pub(crate) fn rule(&self) -> Option<&Rule<'p>> {
+        match self {
+            Self::Steered(rule) | Self::Excluded(rule) | Self::NotIncluded(rule) => Some(rule),
+            Self::Local => None,
+        }
+    }
+
+    pub(crate) fn is_steered(&self) -> bool {
+        matches!(self, Self::Steered(_))
+    }
+}
+
 /// What a policy says of a destination: the definition that every compiled form has to agree with.
-pub(crate) fn decide(policy: &Policy, routable: &Routable, destination: SocketAddr) -> Verdict {
+pub(crate) fn decide<'p>(policy: &'p Policy, routable: &'p Routable, destination: SocketAddr) -> Verdict<'p> {
     let ip = destination.ip().to_canonical();
-    let local = match ip {
-        IpAddr::V4(ip) => Destination::from_ipv4(ip.octets(), destination.port()),
-        IpAddr::V6(ip) => Destination::from_ipv6(ip.octets(), destination.port()),
-    };
-    if local.is_local() {
+    if is_local(ip) {
         return Verdict::Local;
     }
-    let covers = |block: &Block<'_>| block.net.contains(&ip) && block.has_port(destination.port());
-    let covering: Vec<Block<'_>> = blocks(policy, routable).into_iter().filter(covers).collect();
-    let (includes, excludes): (Vec<Block<'_>>, Vec<Block<'_>>) =
-        covering.iter().partition(|block| block.include);
-    let closest = |blocks: &[Block<'_>]| blocks.iter().min_by_key(|block| block.size()).map(Block::capture);
-    match (closest(&includes), wins(covering.iter())) {
-        (None, _) => Verdict::NotIncluded,
+    decide_among(policy, &around(policy, routable, ip), destination.port())
+}
+
+/// The same of all ports of an address but zero: neighbouring ones of which the same is said together.
+#[cfg_attr(not(test), expect(dead_code, reason = "for explaining an address without a port"))]
+pub(crate) fn decide_ports<'p>(
+    policy: &'p Policy,
+    routable: &'p Routable,
+    ip: IpAddr,
+) -> Vec<(Ports, Verdict<'p>)> {
+    let ip = ip.to_canonical();
+    if is_local(ip) {
+        return vec![(Ports { first: 1, last: u16::MAX }, Verdict::Local)];
+    }
+    let around = around(policy, routable, ip);
+    let mut decided: Vec<(Ports, Verdict<'_>)> = Vec::new();
+    let segments = segments(&around, [1, u32::from(u16::MAX) + 1]);
+    for Ports { first, last } in segments.into_iter().filter(|ports| ports.first != 0) {
+        let verdict = decide_among(policy, &around, first);
+        match decided.last_mut() {
+            Some((ports, before)) if *before == verdict => ports.last = last,
+            _ => decided.push((Ports { first, last }, verdict)),
+        }
+    }
+    decided
+}
+
+fn is_local(ip: IpAddr) -> bool {
+    let destination = match ip {
+        IpAddr::V4(ip) => Destination::from_ipv4(ip.octets(), 0),
+        IpAddr::V6(ip) => Destination::from_ipv6(ip.octets(), 0),
+    };
+    destination.is_local()
+}
+
+fn around<'p>(policy: &'p Policy, routable: &'p Routable, ip: IpAddr) -> Vec<Block<'p>> {
+    blocks(policy, routable).into_iter().filter(|block| block.net.contains(&ip)).collect()
+}
+
+fn decide_among<'p>(policy: &'p Policy, around: &[Block<'p>], port: u16) -> Verdict<'p> {
+    let covering = || around.iter().filter(|block| block.has_port(port));
+    let (includes, excludes): (Vec<&Block<'_>>, Vec<&Block<'_>>) =
+        covering().partition(|block| block.is_include());
+    let closest =
+        |blocks: &[&Block<'p>]| blocks.iter().min_by_key(|block| block.size()).map(|block| block.rule);
+    match (closest(&includes), wins(covering())) {
+        (None, _) => Verdict::NotIncluded(Rule { part: Part::Base(policy.base), place: None }),
         (Some(include), true) => Verdict::Steered(include),
         (Some(include), false) => Verdict::Excluded(closest(&excludes).unwrap_or(include)),
     }
 }
 
 fn wins<'a, 'p: 'a>(covering: impl Iterator<Item = &'a Block<'p>>) -> bool {
-    let (includes, excludes): (Vec<&Block<'_>>, Vec<&Block<'_>>) = covering.partition(|block| block.include);
+    let (includes, excludes): (Vec<&Block<'_>>, Vec<&Block<'_>>) =
+        covering.partition(|block| block.is_include());
     let outdone = |exclude: &Block<'_>| includes.iter().any(|include| include.is_more_specific_than(exclude));
     !includes.is_empty() && excludes.into_iter().all(outdone)
 }
 
 fn blocks<'p>(policy: &'p Policy, routable: &'p Routable) -> Vec<Block<'p>> {
-    let captures = |captures: &'p [Capture], include| {
-        let blocks = captures.iter().flat_map(move |capture| capture_blocks(capture, routable, include));
-        blocks.collect::<Vec<_>>()
-    };
-    let base = match policy.base {
-        Base::All => anywhere(ANY_PORT).to_vec(),
-        Base::Routable => routable.all().map(|(service, to)| Block::of_service(service, to, true)).collect(),
+    let base = Part::Base(policy.base);
+    let base = match policy.base.value {
+        Base::All => anywhere(base, ANY_PORT).to_vec(),
+        Base::Routable => routable.all().map(|place| Block::at_place(base, place)).collect(),
         Base::Listed => Vec::new(),
     };
-    let dns = if policy.dns { dns_blocks() } else { Vec::new() };
-    [base, dns, captures(&policy.include, true), captures(&policy.exclude, false)].concat()
-}
-
-impl<'p> Block<'p> {
-    fn of_service(service: &'p str, (net, ports): (IpNet, Ports), include: bool) -> Self {
-        Self { net, ports, include, service: Some(service) }
-    }
+    let dns = if policy.dns.value { dns_blocks(policy.dns) } else { Vec::new() };
+    let includes =
+        policy.include.iter().flat_map(|include| capture_blocks(Part::Include(include), include, routable));
+    let excludes =
+        policy.exclude.iter().flat_map(|exclude| capture_blocks(Part::Exclude(exclude), exclude, routable));
+    base.into_iter().chain(dns).chain(includes).chain(excludes).collect()
 }
 
 /// All addresses of both families.
-fn anywhere(ports: Ports) -> [Block<'static>; 2] {
-    [Ipv4Net::default().into(), Ipv6Net::default().into()].map(|net| Block {
-        net,
-        ports,
-        include: true,
-        service: None,
-    })
+fn anywhere(part: Part<'_>, ports: Ports) -> [Block<'_>; 2] {
+    [Ipv4Net::default().into(), Ipv6Net::default().into()].map(|net| Block::new(part, net, ports))
 }
 
 /// Queries, and what their answers lead to.
-fn dns_blocks() -> Vec<Block<'static>> {
-    let virtual_address = |net| Block { net, ports: ANY_PORT, include: true, service: None };
+fn dns_blocks<'p>(dns: Written<bool>) -> Vec<Block<'p>> {
+    let virtual_address = |net| Block::new(Part::VirtualAddresses(dns), net, ANY_PORT);
     let virtual_addresses = VIRTUAL.iter().filter_map(|net| net.parse().ok()).map(virtual_address);
-    anywhere(Ports { first: DNS_PORT, last: DNS_PORT }).into_iter().chain(virtual_addresses).collect()
+    let queries = anywhere(Part::Queries(dns), Ports { first: DNS_PORT, last: DNS_PORT });
+    queries.into_iter().chain(virtual_addresses).collect()
 }
 
 /// The addresses that the proxy gives to names ([`agent_ebpf::decide::Destination::is_virtual`]).
 const VIRTUAL: [&str; 2] = ["241.0.0.0/8", "fdb2:6c1e:9d04::/48"];
 
-fn capture_blocks<'p>(capture: &'p Capture, routable: &'p Routable, include: bool) -> Vec<Block<'p>> {
-    let blocks = match &capture.destinations {
-        Destinations::Any => anywhere(ANY_PORT).map(|block| Block { include, ..block }).to_vec(),
-        Destinations::Block(net) => vec![Block { net: *net, ports: ANY_PORT, include, service: None }],
-        Destinations::Service(name) => {
-            routable.of(name).map(|to| Block::of_service(name, to, include)).collect()
-        }
+fn capture_blocks<'p>(
+    part: Part<'p>,
+    capture: &'p Written<Capture>,
+    routable: &'p Routable,
+) -> impl Iterator<Item = Block<'p>> {
+    let Capture { destinations, ports } = &capture.value;
+    let blocks = match destinations {
+        Destinations::Any => anywhere(part, ANY_PORT).to_vec(),
+        Destinations::Block(net) => vec![Block::new(part, *net, ANY_PORT)],
+        Destinations::Service(name) => routable.of(name).map(|place| Block::at_place(part, place)).collect(),
     };
-    let ports = if capture.ports.is_empty() { &[ANY_PORT][..] } else { &capture.ports };
-    let narrowed = |block: Block<'p>| ports.iter().filter_map(move |ports| block.at(*ports));
-    blocks.into_iter().flat_map(narrowed).collect()
+    let ports = if ports.is_empty() { &[ANY_PORT][..] } else { ports };
+    let narrowed = move |block: Block<'p>| ports.iter().filter_map(move |ports| block.at(*ports));
+    blocks.into_iter().flat_map(narrowed)
 }
 
 fn entry(net: IpNet, covering: &[Block<'_>]) -> Result<Entry, TooManyRanges> {
@@ -251,14 +354,10 @@ fn entry(net: IpNet, covering: &[Block<'_>]) -> Result<Entry, TooManyRanges> {
     Ok(Entry { net, rules })
 }
 
-/// The ports that are steered, as the fewest ranges. Between two bounds of any block's range nothing changes.
+/// The ports that are steered, as the fewest ranges.
 fn steered_ranges(covering: &[Block<'_>]) -> Vec<Ports> {
-    let firsts = covering.iter().map(|block| u32::from(block.ports.first));
-    let ends = covering.iter().map(|block| u32::from(block.ports.last) + 1);
-    let bounds: Vec<u32> = firsts.chain(ends).collect::<BTreeSet<u32>>().into_iter().collect();
     let mut ranges: Vec<Ports> = Vec::new();
-    for pair in bounds.windows(2) {
-        let (first, last) = (pair[0] as u16, (pair[1] - 1) as u16);
+    for Ports { first, last } in segments(covering, []) {
         if !wins(covering.iter().filter(|block| block.has_port(first))) {
             continue;
         }
@@ -268,6 +367,14 @@ fn steered_ranges(covering: &[Block<'_>]) -> Vec<Ports> {
         }
     }
     ranges
+}
+
+/// Ports between two bounds of any block's range, or others: between them nothing changes. `more` are further bounds.
+fn segments<const N: usize>(blocks: &[Block<'_>], more: [u32; N]) -> Vec<Ports> {
+    let firsts = blocks.iter().map(|block| u32::from(block.ports.first));
+    let ends = blocks.iter().map(|block| u32::from(block.ports.last) + 1);
+    let bounds: Vec<u32> = firsts.chain(ends).chain(more).collect::<BTreeSet<u32>>().into_iter().collect();
+    bounds.windows(2).map(|pair| Ports { first: pair[0] as u16, last: (pair[1] - 1) as u16 }).collect()
 }
 
 /// Destinations that are steered: neighbouring addresses with the same ports.

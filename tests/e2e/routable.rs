@@ -37,7 +37,7 @@ fn a_service_of_the_proxys_is_excluded_wherever_it_is(sandbox: &Sandbox) {
     ask(sandbox, Place::Shop, &format!("{}:8080", INSTANCES[1])).is("b");
     assert!(["a", "b"].contains(&ask(sandbox, Place::Shop, &format!("{ORIGIN}:8081")).ok()));
     let explained = Agent::command(sandbox, &["explain", "shop", &format!("{ORIGIN}:8080")]);
-    assert!(explained.ok().contains("excluded by service catalog ports 8080"), "{explained:?}");
+    assert!(explained.ok().contains("exclude service catalog ports 8080"), "{explained:?}");
 }
 
 fn what_was_routed_last_holds_while_the_proxy_is_away(sandbox: &Sandbox) {

@@ -6,7 +6,7 @@ use serde::{
     Deserialize, Deserializer,
     de::{self, MapAccess, Visitor},
 };
-use serde_saphyr::Spanned;
+use serde_saphyr::{Location, Spanned};
 use std::{collections::BTreeMap, fmt, net::SocketAddr, num::NonZeroU16, path::PathBuf};
 
 #[derive(Debug, Default, Deserialize)]
@@ -16,7 +16,7 @@ pub(super) struct RawConfig {
     pub(super) paths: RawPaths,
     pub(super) proxy: RawProxy,
     pub(super) failure: Option<Failure>,
-    pub(super) capture: RawCapture,
+    pub(super) capture: Option<Spanned<RawCapture>>,
     pub(super) services: BTreeMap<Name, RawService>,
 }
 
@@ -48,16 +48,16 @@ pub(super) struct RawService {
     pub(super) user: Option<Spanned<User>>,
     pub(super) container: Option<Spanned<String>>,
     pub(super) failure: Option<Failure>,
-    pub(super) capture: RawCapture,
+    pub(super) capture: Option<Spanned<RawCapture>>,
 }
 
 /// A mapping, or the base alone.
 #[derive(Debug, Default)]
 pub(super) struct RawCapture {
-    pub(super) base: Option<Base>,
-    pub(super) include: Option<Vec<Capture>>,
-    pub(super) exclude: Option<Vec<Capture>>,
-    pub(super) dns: Option<bool>,
+    pub(super) base: Option<Spanned<Base>>,
+    pub(super) include: Option<Spanned<Vec<Spanned<Capture>>>>,
+    pub(super) exclude: Option<Vec<Spanned<Capture>>>,
+    pub(super) dns: Option<Spanned<bool>>,
 }
 
 impl<'de> Deserialize<'de> for RawCapture {
@@ -65,10 +65,10 @@ impl<'de> Deserialize<'de> for RawCapture {
         #[derive(Deserialize)]
         #[serde(deny_unknown_fields)]
         struct Fields {
-            base: Option<Base>,
-            include: Option<Vec<Capture>>,
-            exclude: Option<Vec<Capture>>,
-            dns: Option<bool>,
+            base: Option<Spanned<Base>>,
+            include: Option<Spanned<Vec<Spanned<Capture>>>>,
+            exclude: Option<Vec<Spanned<Capture>>>,
+            dns: Option<Spanned<bool>>,
         }
 
         struct RawCaptureVisitor;
@@ -84,6 +84,8 @@ impl<'de> Deserialize<'de> for RawCapture {
 
             fn visit_str<E: de::Error>(self, text: &str) -> Result<RawCapture, E> {
                 let base = Base::deserialize(de::value::StrDeserializer::new(text))?;
+                // Where it is, whoever asked for this value knows.
+                let base = Spanned { value: base, referenced: Location::UNKNOWN, defined: Location::UNKNOWN };
                 Ok(RawCapture { base: Some(base), ..RawCapture::default() })
             }
 
@@ -157,6 +159,16 @@ pub(crate) enum Failure {
     Open,
     /// They are refused.
     Closed,
+}
+
+impl fmt::Display for Base {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::All => "all",
+            Self::Routable => "routable",
+            Self::Listed => "listed",
+        })
+    }
 }
 
 impl fmt::Display for Failure {

@@ -16,7 +16,8 @@ fn nothing_written_means_the_defaults() {
         Proxy { port: 15001, dns_port: 15053, admin, scope: Scope::Unit("mesh-proxy.service".into()) };
     assert_eq!((config.mode, config.proxy), (Wanted::Auto, proxy));
     let (include, exclude) = ([].into(), [].into());
-    let policy = Policy { failure: Failure::Open, base: Base::All, include, exclude, dns: false };
+    let (base, dns) = (Written::built_in(Base::All), Written::built_in(false));
+    let policy = Policy { failure: Failure::Open, base, include, exclude, dns };
     assert_eq!(config.defaults, policy);
     assert_eq!(config.paths.pins, Path::new("/sys/fs/bpf/mesh-redirect"));
 }
@@ -58,22 +59,40 @@ fn captures_are_blocks_ports_or_both() {
         },
         Capture { destinations: Destinations::Any, ports: vec![Ports { first: 5432, last: 5432 }] },
     ];
-    assert_eq!(config.defaults.include[..], expected);
+    let found: Vec<Capture> = config.defaults.include.iter().map(|include| include.value.clone()).collect();
+    assert_eq!(found, expected);
 }
 
 #[test]
 fn the_base_is_all_unless_something_is_listed_or_it_is_said() {
-    let base = |text: &str| parse(text).unwrap().defaults.base;
+    let base = |text: &str| parse(text).unwrap().defaults.base.value;
     assert_eq!(base(""), Base::All);
     assert_eq!(base("capture: { include: [10.0.0.0/8] }"), Base::Listed);
     assert_eq!(base("capture: { base: all, include: [10.0.0.0/8] }"), Base::All);
     assert_eq!(base("capture: routable"), Base::Routable);
     let config = parse("capture: { base: routable, dns: true }\nservices:\n  a: { capture: listed }\n  b: { capture: { include: [{ service: catalog, ports: [80] }] } }\n  c: { capture: { dns: false } }\n").unwrap();
-    assert_eq!((config.policy("a").base, config.policy("a").dns), (Base::Listed, true));
-    assert_eq!(config.policy("b").include[0].destinations, Destinations::Service("catalog".into()));
-    assert_eq!(config.policy("b").base, Base::Listed);
-    assert_eq!((config.policy("c").base, config.policy("c").dns), (Base::Routable, false));
+    let said = |name: &str| (config.policy(name).base.value, config.policy(name).dns.value);
+    assert_eq!(said("a"), (Base::Listed, true));
+    assert_eq!(config.policy("b").include[0].value.destinations, Destinations::Service("catalog".into()));
+    assert_eq!((said("b").0, said("c")), (Base::Listed, (Base::Routable, false)));
     assert!(config.policy("a").follows_routable() && !parse("").unwrap().defaults.follows_routable());
+}
+
+#[test]
+fn what_is_said_knows_its_line_and_is_the_same_wherever_it_is_said() {
+    let config = parse("capture:\n  base: all\n  dns: true\n  exclude:\n    - 10.0.0.0/8\n    - ports: [22]\nservices:\n  a: {}\n  b:\n    capture: routable\n  c:\n    capture:\n      include: [10.0.0.0/8]\n  d: { capture: { base: all, dns: true, exclude: [10.0.0.0/8, { ports: [22] }] } }\n  e: { capture: { exclude: &x [{ ports: [1] }] } }\n  f: { capture: { exclude: *x } }\n").unwrap();
+    let lines = |name: &str| {
+        let policy = config.policy(name);
+        let excludes = policy.exclude.iter().map(|exclude| exclude.line.unwrap()).collect::<Vec<_>>();
+        (policy.base.line, policy.dns.line, excludes)
+    };
+    assert_eq!(lines("a"), (Some(2), Some(3), vec![5, 6]), "inherited");
+    assert_eq!(lines("b"), (Some(10), Some(3), vec![5, 6]));
+    assert_eq!(lines("c"), (Some(13), Some(3), vec![5, 6]), "a list stands for its base");
+    assert_eq!(lines("d"), (Some(14), Some(14), vec![14, 14]));
+    assert_eq!((lines("e").2, lines("f").2), (vec![15], vec![15]), "an alias is written where its anchor is");
+    assert_eq!(config.policy("a"), config.policy("d"));
+    assert_eq!(parse("").unwrap().defaults.base.line, None);
 }
 
 /// What is written, where the message points, and what it has to say.

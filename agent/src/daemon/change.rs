@@ -78,7 +78,7 @@ impl Daemon {
     /// What has to be said to those whose names had addresses that lead nowhere now.
     fn lost_addresses(&self, names: &[String]) -> Vec<String> {
         let captured_dns =
-            names.iter().filter(|name| self.mode != Mode::Hosts && self.config.policy(name).dns);
+            names.iter().filter(|name| self.mode != Mode::Hosts && self.config.policy(name).dns.value);
         let note = |name: &String| {
             format!(
                 "{name} has to look its names up anew, which most programs do within 30 s: the virtual addresses that it was given lead nowhere now"
@@ -175,7 +175,7 @@ impl Daemon {
 
     /// Where queries that shall be captured will not be.
     fn dns_notes(&self, names: &[String]) -> Option<String> {
-        let captures_dns = names.iter().any(|name| self.config.policy(name).dns);
+        let captures_dns = names.iter().any(|name| self.config.policy(name).dns.value);
         let resolver = probe::resolver_on_localhost().filter(|_| captures_dns && self.mode != Mode::Hosts)?;
         Some(format!(
             "this host's resolver is {resolver}: queries to it are not captured, and those it sends on are its own"

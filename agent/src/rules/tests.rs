@@ -26,7 +26,24 @@ fn looked_up(entries: &[Entry], destination: SocketAddr) -> bool {
 }
 
 fn steers(policy: &Policy, destination: SocketAddr) -> bool {
-    matches!(decide(policy, &routable(), destination), Verdict::Steered(_))
+    decide(policy, &routable(), destination).is_steered()
+}
+
+/// What the definition says of a destination, why, and where that is written.
+fn said(policy: &Policy, destination: &str) -> String {
+    shown(&decide(policy, &routable(), destination.parse().unwrap()))
+}
+
+fn shown(verdict: &Verdict<'_>) -> String {
+    let kind = match verdict {
+        Verdict::Steered(_) => "steered",
+        Verdict::Excluded(_) => "excluded",
+        Verdict::NotIncluded(_) => "not included",
+        Verdict::Local => return "local".to_owned(),
+    };
+    let rule = verdict.rule().unwrap();
+    let line = rule.line().map(|line| format!(" at {line}")).unwrap_or_default();
+    format!("{kind}: {rule}{line}")
 }
 
 /// What the ranges say of a destination; at most one may be around it.
@@ -81,10 +98,9 @@ fn a_service_is_captured_wherever_it_is() {
         policy("capture: { include: [10.0.0.0/8], exclude: [{ service: catalog, ports: [8000-8999] }] }");
     assert!(steered(&policy, "10.77.0.10:80") && steered(&policy, "10.77.0.2:80"));
     assert!(!steered(&policy, "10.77.0.10:8080") && !steered(&policy, "10.77.0.2:8080"));
-    let verdict = decide(&policy, &routable(), "10.77.0.2:8080".parse().unwrap());
-    assert!(
-        matches!(&verdict, Verdict::Excluded(capture) if capture.to_string() == "service catalog ports 8080"),
-        "{verdict:?}"
+    assert_eq!(
+        said(&policy, "10.77.0.2:8080"),
+        "excluded: exclude service catalog ports 8000-8999 (endpoint 10.77.0.2:8080 of catalog) at 1"
     );
 }
 
@@ -144,22 +160,63 @@ fn ranges_that_touch_are_joined_and_too_many_are_an_error() {
 
 #[test]
 fn a_verdict_names_the_closest_capture() {
-    let policy =
-        policy("capture: { include: [0.0.0.0/0, 10.1.0.0/16], exclude: [10.0.0.0/8, { ports: [22] }] }");
-    let net = |text: &str| Capture {
-        destinations: Destinations::Block(text.parse().unwrap()),
-        ports: vec![ANY_PORT],
+    let policy = policy(
+        "capture:\n  include:\n  - 0.0.0.0/0\n  - 10.1.0.0/16\n  exclude:\n  - 10.0.0.0/8\n  - { ports: [22] }\n",
+    );
+    let cases = [
+        ("11.0.0.1:80", "steered: include 0.0.0.0/0 at 3"),
+        ("10.1.0.1:80", "steered: include 10.1.0.0/16 at 4"),
+        ("10.2.0.1:80", "excluded: exclude 10.0.0.0/8 at 6"),
+        ("11.0.0.1:22", "excluded: exclude any address ports 22 at 7"),
+        ("[fd00::1]:80", "not included: base listed at 3"),
+        ("[::ffff:10.1.0.1]:80", "steered: include 10.1.0.0/16 at 4"),
+        ("127.0.0.1:80", "local"),
+    ];
+    for (destination, expected) in cases {
+        assert_eq!(said(&policy, destination), expected, "{destination}");
+    }
+}
+
+#[test]
+fn what_is_built_in_has_no_line_and_what_the_proxy_routes_says_what_it_is() {
+    assert_eq!(said(&policy(""), "10.0.0.1:80"), "steered: base all");
+    let policy = policy("capture:\n  base: routable\n  dns: true\n");
+    let cases = [
+        ("10.77.0.10:80", "steered: base routable (address 10.77.0.10 of catalog) at 2"),
+        ("10.77.0.2:8080", "steered: base routable (endpoint 10.77.0.2:8080 of catalog) at 2"),
+        ("241.3.7.9:80", "steered: base routable (virtual address of catalog.internal) at 2"),
+        ("241.3.7.10:80", "steered: dns (virtual addresses) at 3"),
+        ("8.8.8.8:53", "steered: dns (queries) at 3"),
+        ("8.8.8.8:80", "not included: base routable at 2"),
+    ];
+    for (destination, expected) in cases {
+        assert_eq!(said(&policy, destination), expected, "{destination}");
+    }
+}
+
+#[test]
+fn ports_of_which_the_same_is_said_are_together() {
+    let policy = policy("capture: { exclude: [{ ports: [22, 80-89] }, { ports: [85-99] }], dns: true }");
+    let at = |address: &str| -> Vec<String> {
+        let routable = routable();
+        let decided = decide_ports(&policy, &routable, address.parse().unwrap());
+        decided.iter().map(|(ports, verdict)| format!("{ports} {}", shown(verdict))).collect()
     };
-    let at = |text: &str| decide(&policy, &routable(), text.parse().unwrap());
-    assert_eq!(at("11.0.0.1:80"), Verdict::Steered(net("0.0.0.0/0")));
-    assert_eq!(at("10.1.0.1:80"), Verdict::Steered(net("10.1.0.0/16")));
-    assert_eq!(at("10.2.0.1:80"), Verdict::Excluded(net("10.0.0.0/8")));
-    let port =
-        Capture { destinations: net("0.0.0.0/0").destinations, ports: vec![Ports { first: 22, last: 22 }] };
-    assert_eq!(at("11.0.0.1:22"), Verdict::Excluded(port));
-    assert_eq!(at("[fd00::1]:80"), Verdict::NotIncluded);
-    assert_eq!(at("[::ffff:10.1.0.1]:80"), Verdict::Steered(net("10.1.0.0/16")));
-    assert_eq!(at("127.0.0.1:80"), Verdict::Local);
+    let first = "exclude any address ports 22, 80-89 at 1";
+    assert_eq!(
+        at("10.0.0.1"),
+        [
+            "1-21 steered: base all".to_owned(),
+            format!("22 excluded: {first}"),
+            "23-52 steered: base all".to_owned(),
+            "53 steered: dns (queries) at 1".to_owned(),
+            "54-79 steered: base all".to_owned(),
+            format!("80-89 excluded: {first}"),
+            "90-99 excluded: exclude any address ports 85-99 at 1".to_owned(),
+            "100-65535 steered: base all".to_owned(),
+        ]
+    );
+    assert_eq!(at("::1"), ["1-65535 local"]);
 }
 
 #[test]
@@ -215,8 +272,10 @@ fn what_is_compiled_agrees_with_its_definition() {
         let mut random = Random(seed);
         let policy = Policy {
             failure: Failure::Open,
-            base: [Base::All, Base::Routable, Base::Listed, Base::Listed][random.below(4) as usize],
-            dns: random.below(3) == 0,
+            base: Written::built_in(
+                [Base::All, Base::Routable, Base::Listed, Base::Listed][random.below(4) as usize],
+            ),
+            dns: Written::built_in(random.below(3) == 0),
             include: (0..random.below(4)).map(|_| random.capture()).collect(),
             exclude: (0..random.below(5)).map(|_| random.capture()).collect(),
         };
@@ -258,7 +317,7 @@ impl Random {
         }
     }
 
-    fn capture(&mut self) -> Capture {
+    fn capture(&mut self) -> Written<Capture> {
         let destinations = match self.below(6) {
             0 => Destinations::Any,
             1 => Destinations::Service("stock".to_owned()),
@@ -269,7 +328,7 @@ impl Random {
             }
         };
         let ports = (0..self.below(3)).map(|_| self.ports()).collect();
-        Capture { destinations, ports }
+        Written::built_in(Capture { destinations, ports })
     }
 
     fn ports(&mut self) -> Ports {
