@@ -3,6 +3,7 @@
 use crate::{
     api, client,
     config::Config,
+    confine,
     mode::{self, Facts, Mode},
     probe,
     workload::Workloads,
@@ -68,6 +69,7 @@ pub(crate) fn all(config: &Config) -> Findings {
         nftables(facts),
         hosts(facts),
         mode(config, facts),
+        confinement(),
         daemon(config),
         proxy_listens(config),
         proxy_attached(config),
@@ -143,6 +145,14 @@ fn mode(config: &Config, facts: &Facts) -> Line {
         Err(error) => Err(error.to_string()),
     };
     Line::required("mode", result, "see the remedies above, or set `mode: auto`")
+}
+
+fn confinement() -> Line {
+    Line::wanted(
+        "confinement",
+        confine::possible(),
+        "boot with `lsm=landlock,…` (Linux 5.13, CONFIG_SECURITY_LANDLOCK), and with CONFIG_SECCOMP_FILTER; until then the daemon can do more than it needs",
+    )
 }
 
 fn daemon(config: &Config) -> Line {

@@ -2,6 +2,7 @@
 
 use crate::{
     config::Config,
+    confine,
     daemon::{Daemon, Request},
     http, lock,
     mode::Mode,
@@ -20,13 +21,15 @@ use tokio::signal::unix::{SignalKind, signal};
 
 /// Runs it until it is told to stop.
 pub(crate) fn run(config: Config, file: Option<PathBuf>) -> anyhow::Result<()> {
-    let (run, proxy) = (config.paths.run.clone(), config.proxy.clone());
+    let (paths, proxy) = (config.paths.clone(), config.proxy.clone());
     let follows_routable = config.follows_routable();
-    let _only_one = lock::daemon(&run)?;
+    let _only_one = lock::daemon(&paths.run)?;
     let cgroup_root = probe::cgroup2_mount()?;
     let (published, snapshots) = tokio::sync::watch::channel(Snapshot::default());
     let daemon = Daemon::start(config, file, Workloads::new(cgroup_root.clone()), published)?;
     let mode = daemon.mode();
+    // Before there is a second thread, which would not be confined by it.
+    confine::daemon(&paths, mode, &cgroup_root)?;
     let (requests, received) = mpsc::channel();
     if mode != Mode::Ebpf {
         let cgroup_root = cgroup_root.clone();
@@ -48,8 +51,8 @@ pub(crate) fn run(config: Config, file: Option<PathBuf>) -> anyhow::Result<()> {
     let mind = thread::Builder::new().name("daemon".to_owned()).spawn(move || daemon.run(&received))?;
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     runtime.block_on(async {
-        let origins = origins_server(mode, &run, snapshots, Workloads::new(cgroup_root));
-        serve_until_told_to_stop(&run, requests.clone(), origins).await
+        let origins = origins_server(mode, &paths.run, snapshots, Workloads::new(cgroup_root));
+        serve_until_told_to_stop(&paths.run, requests.clone(), origins).await
     })?;
     let _already_stopped = requests.send(Request::Stop);
     if mind.join().is_err() {

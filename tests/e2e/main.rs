@@ -57,6 +57,7 @@ macro_rules! scenarios {
 mod capture;
 mod clients;
 mod configuration;
+mod confined;
 mod containers;
 mod control;
 mod daemon;

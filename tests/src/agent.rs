@@ -190,6 +190,11 @@ services:
         found.unwrap_or_else(|| panic!("there is no map {name}"))
     }
 
+    /// The daemon's process id.
+    pub fn pid(&self) -> u32 {
+        self.process.pid()
+    }
+
     /// What the daemon logged so far, in this life and those before.
     pub fn log(&self) -> String {
         self.process.log()

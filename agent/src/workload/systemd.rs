@@ -6,7 +6,8 @@ use std::{
     process::{Command, Stdio},
 };
 
-const UNITS: &str = "/etc/systemd/system";
+/// Where the host's own settings of units are.
+pub(crate) const UNITS: &str = "/etc/systemd/system";
 const DROP_IN: &str = "50-mesh-redirect.conf";
 /// First line of every file that is ours, by which any later version knows it.
 const MARK: &str = "# Written by mesh-redirect, which removes it on disable and cleanup.";

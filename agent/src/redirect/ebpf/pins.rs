@@ -172,10 +172,14 @@ impl Pins {
         for name in maps::ALL {
             remove_file(&self.map(name))?;
         }
-        for dir in [self.maps(), self.programs(), self.links(), self.version(), self.root.clone()] {
+        for dir in [self.maps(), self.programs(), self.links(), self.version()] {
             remove_dir(&dir)?;
         }
-        Ok(())
+        match remove_dir(&self.root) {
+            // A daemon may write there and not above: another one that is made in its place would not be its own.
+            Err(Error::Pin { cause, .. }) if cause.kind() == io::ErrorKind::PermissionDenied => Ok(()),
+            removed => removed,
+        }
     }
 }
 
