@@ -162,7 +162,7 @@ mod tests {
                 line.trim().to_owned()
             };
             let bits = |name| u64::from_str_radix(&value(name), 16).unwrap();
-            let needed = 1 << 39 | 1 << 38 | 1 << 12;
+            let needed = 1 << 39 | 1 << 38 | 1 << 12 | 1 << 1;
             for set in ["CapInh:", "CapPrm:", "CapEff:", "CapAmb:"] {
                 assert_eq!(bits(set) & !needed, 0, "{set} {status}");
             }

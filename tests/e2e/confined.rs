@@ -7,8 +7,8 @@ use tests::{Agent, Mesh, Sandbox};
 
 scenarios![everywhere: every_thread_of_the_daemon_is_confined];
 
-/// CAP_NET_ADMIN, CAP_PERFMON and CAP_BPF (linux/capability.h).
-const NEEDED: u64 = 1 << 12 | 1 << 38 | 1 << 39;
+/// CAP_DAC_OVERRIDE, CAP_NET_ADMIN, CAP_PERFMON and CAP_BPF (linux/capability.h).
+const NEEDED: u64 = 1 << 1 | 1 << 12 | 1 << 38 | 1 << 39;
 
 fn every_thread_of_the_daemon_is_confined(sandbox: &Sandbox) {
     let mesh = Mesh::enabled(sandbox, "capture: { base: routable }\n");

@@ -3,8 +3,13 @@
 use caps::{CapSet, Capability, CapsHashSet, errors::CapsError};
 
 /// To load eBPF programs, to attach them and to speak to nf_tables, and to load programs that the verifier does not take
-/// for an unprivileged user's. What is root's own can be read and written without any.
-const NEEDED: [Capability; 3] = [Capability::CAP_BPF, Capability::CAP_NET_ADMIN, Capability::CAP_PERFMON];
+/// for an unprivileged user's. And to make cgroups below the root, which not even its owner may write to, for `exec` and
+/// `adopt`, and to edit a hosts file that is another user's; where root may write at all is up to landlock.
+const NEEDED: [Capability; 4] =
+    [Capability::CAP_BPF, Capability::CAP_NET_ADMIN, Capability::CAP_PERFMON, Capability::CAP_DAC_OVERRIDE];
+
+/// Those that came out of CAP_SYS_ADMIN in Linux 5.8, which some container runtimes give in place of them.
+const NEW: [Capability; 2] = [Capability::CAP_BPF, Capability::CAP_PERFMON];
 
 /// Keeps what is needed, and cannot get more.
 pub(super) fn reduce() -> Result<(), CapsError> {
@@ -22,12 +27,8 @@ pub(super) fn reduce() -> Result<(), CapsError> {
 }
 
 fn kept(permitted: &CapsHashSet) -> CapsHashSet {
-    let mut kept: CapsHashSet = NEEDED.into_iter().filter(|needed| permitted.contains(needed)).collect();
-    // Some container runtimes give this one, out of which two of the others came in Linux 5.8, and not those.
-    if kept.len() < NEEDED.len() && permitted.contains(&Capability::CAP_SYS_ADMIN) {
-        kept.insert(Capability::CAP_SYS_ADMIN);
-    }
-    kept
+    let older = (!NEW.iter().all(|new| permitted.contains(new))).then_some(Capability::CAP_SYS_ADMIN);
+    NEEDED.into_iter().chain(older).filter(|needed| permitted.contains(needed)).collect()
 }
 
 #[cfg(test)]
@@ -36,12 +37,13 @@ mod tests {
 
     #[test]
     fn sys_admin_is_kept_only_where_it_stands_for_others() {
-        use Capability::{CAP_BPF, CAP_CHOWN, CAP_NET_ADMIN, CAP_PERFMON, CAP_SYS_ADMIN};
-        let cases: [(&[Capability], &[Capability]); 4] = [
+        use Capability::{CAP_BPF, CAP_CHOWN, CAP_DAC_OVERRIDE, CAP_NET_ADMIN, CAP_PERFMON, CAP_SYS_ADMIN};
+        let cases: [(&[Capability], &[Capability]); 5] = [
             (&[], &[]),
             (&[CAP_CHOWN, CAP_NET_ADMIN], &[CAP_NET_ADMIN]),
             (&[CAP_SYS_ADMIN, CAP_NET_ADMIN], &[CAP_SYS_ADMIN, CAP_NET_ADMIN]),
-            (&[CAP_SYS_ADMIN, CAP_NET_ADMIN, CAP_BPF, CAP_PERFMON], &NEEDED),
+            (&[CAP_SYS_ADMIN, CAP_BPF, CAP_PERFMON], &[CAP_BPF, CAP_PERFMON]),
+            (&[CAP_SYS_ADMIN, CAP_NET_ADMIN, CAP_BPF, CAP_PERFMON, CAP_DAC_OVERRIDE], &NEEDED),
         ];
         for (permitted, expected) in cases {
             assert_eq!(kept(&permitted.iter().copied().collect()), expected.iter().copied().collect());
