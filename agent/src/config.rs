@@ -467,7 +467,8 @@ fn check_unit(unit: &str) -> Result<(), String> {
     ))
 }
 
-fn check_cgroup(path: &str) -> Result<(), String> {
+/// A path below the cgroup2 mount that stays below it.
+pub(crate) fn check_cgroup(path: &str) -> Result<(), String> {
     let mut parts = path.strip_prefix('/').unwrap_or_default().split('/');
     if parts.all(|part| !part.is_empty() && part != "." && part != "..") {
         return Ok(());

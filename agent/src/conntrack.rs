@@ -120,4 +120,19 @@ mod tests {
             }
         }
     }
+
+    #[test]
+    fn an_origin_is_read_as_it_was_written_or_not_at_all() {
+        let [v4, v6] = [of("10.77.0.1:43210", "10.77.0.10:53"), of("[fd77::1]:43210", "[fd77::10]:53")];
+        let answer = |tuple: &Tuple| [vec![2, 0, 0, 0], self::tuple(CTA_TUPLE_ORIG, 17, tuple)].concat();
+        let [v4, v6] = [answer(&v4), answer(&v6)];
+        fuzz::damaged!(
+            [&v4[..], &v6],
+            ["\x08\0\x01\0", "\x14\0\x03\0", "\x06\0\x02\0", "\x05\0"],
+            |input: &[u8]| {
+                let Some(found) = original_of(input) else { return };
+                assert_eq!(original_of(&answer(&found)), Some(found));
+            }
+        );
+    }
 }

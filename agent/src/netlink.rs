@@ -133,7 +133,7 @@ impl Message<'_> {
     /// What an acknowledgement says went wrong.
     pub(crate) fn error(&self) -> Option<io::Error> {
         let code = u32_at(self.body, 0).filter(|_| i32::from(self.kind) == libc::NLMSG_ERROR)?.cast_signed();
-        (code != 0).then(|| io::Error::from_raw_os_error(-code))
+        (code != 0).then(|| io::Error::from_raw_os_error(code.wrapping_neg()))
     }
 
     /// The kind of message that an acknowledgement is for.
@@ -179,5 +179,26 @@ mod tests {
             broken[..4].copy_from_slice(&first.to_ne_bytes());
             assert_eq!(Messages(&broken).count(), 0, "{first}");
         }
+    }
+
+    #[test]
+    fn no_datagram_holds_more_than_its_bytes_and_what_is_written_comes_back() {
+        let refusal = [&(-2_i32).to_ne_bytes()[..], &[0; 16]].concat();
+        let body = [nested(2, &[attribute(1, &[17]), attribute(3, b"abcd")]), attribute(4, &[])].concat();
+        let good = [message(7, 1, &body), message(libc::NLMSG_ERROR as u16, 0, &refusal)].concat();
+        let least =
+            [message(libc::NLMSG_ERROR as u16, 0, &i32::MIN.to_ne_bytes()), message(3, 0, &[])].concat();
+        fuzz::damaged!([&good[..], &least], ["\x10\0\0\0", "\x04\0\x01\0", "\0\0\0\0"], |input: &[u8]| {
+            let messages: Vec<Message<'_>> = Messages(input).collect();
+            let read: usize = messages.iter().map(|message| HEADER + message.body.len()).sum();
+            assert!(read <= input.len() && messages.len() <= input.len() / HEADER);
+            for message in messages {
+                let _whatever_it_says = (message.error(), message.acknowledged(), message.is_done());
+                let values: usize = attributes(message.body).values().map(|value| 4 + value.len()).sum();
+                assert!(values <= message.body.len());
+            }
+            let mine = nested(9, &[attribute(5, input)]);
+            assert_eq!(attributes(&attributes(&mine)[&9])[&5], input);
+        });
     }
 }

@@ -151,4 +151,20 @@ mod tests {
         assert!(missing(1 << 21).is_empty());
         assert!(missing(1 << 12 | 1 << 38 | 1 << 39).is_empty());
     }
+
+    #[test]
+    fn a_mount_point_is_read_as_the_kernel_writes_it_whatever_it_is_called() {
+        let escaped = |path: &str| {
+            path.replace('\\', "\\134").replace(' ', "\\040").replace('\t', "\\011").replace('\n', "\\012")
+        };
+        let seeds: [&[u8]; 3] = [b"/sys/fs/cgroup", b"/mnt/a b\tc\nd\\040", b"/ - cgroup2 x"];
+        fuzz::damaged!(seeds, ["\\", "\\040", "\\134", "040", " - ", "cgroup2"], |input: &[u8]| {
+            let path = String::from_utf8_lossy(input);
+            let line = format!("31 30 0:27 / {} rw shared:10 - cgroup2 cgroup2 rw", escaped(&path));
+            if !path.contains(['\r', '\n']) || !path.is_empty() {
+                assert_eq!(mount_point(&line), Some(PathBuf::from(&*path)));
+            }
+            let _whatever_it_is = (mounts_of(&path, "cgroup2"), only_on_localhost(&path));
+        });
+    }
 }

@@ -22,7 +22,7 @@ const MAX_WORD: u64 = 4 << 10;
 
 /// Asks it.
 pub(crate) fn says_ready(admin: SocketAddr) -> bool {
-    get(admin, "/ready", "", MAX_WORD).is_ok()
+    get(admin, "/ready", "", MAX_WORD).is_ok_and(|answer| answer.is_modified)
 }
 
 /// What it can route, and by which tag it knows that; none where it is still what it gave the tag for.
@@ -38,9 +38,10 @@ pub(crate) fn routable(admin: SocketAddr, known: Option<&str>) -> io::Result<Opt
 fn tag(head: &str) -> String {
     let tag = head.lines().find_map(|line| {
         let (name, value) = line.split_once(':')?;
-        name.eq_ignore_ascii_case("etag").then(|| value.trim().to_owned())
+        name.eq_ignore_ascii_case("etag").then(|| value.trim())
     });
-    tag.unwrap_or_default()
+    // It is sent back in a head of ours, which it must not end (RFC 9110 §8.8.3 for what it is made of).
+    tag.filter(|tag| tag.bytes().all(|byte| byte.is_ascii_graphic())).unwrap_or_default().to_owned()
 }
 
 /// Asks for the names that it listens for.
@@ -62,7 +63,10 @@ fn get(admin: SocketAddr, path: &str, condition: &str, limit: u64) -> io::Result
     stream.set_write_timeout(Some(PATIENCE))?;
     let request = format!("GET {path} HTTP/1.1\r\nhost: {admin}\r\n{condition}connection: close\r\n\r\n");
     stream.write_all(request.as_bytes())?;
-    let mut answer = read_until(&mut stream, deadline, limit)?;
+    parse(read_until(&mut stream, deadline, limit)?)
+}
+
+fn parse(mut answer: Vec<u8>) -> io::Result<Answer> {
     let is_modified = !answer.starts_with(NOT_MODIFIED);
     let success = !is_modified || SUCCESS.iter().any(|success| answer.starts_with(success));
     let end = answer.windows(4).position(|bytes| bytes == b"\r\n\r\n").filter(|_| success);
@@ -130,7 +134,26 @@ mod tests {
         assert!(answered(b"HTTP/1.1 200 OK\r\n\r\n"));
         assert!(answered(b"HTTP/1.0 200 OK\r\n\r\n"));
         assert!(!answered(b"HTTP/1.1 503 Service Unavailable\r\n\r\n"));
+        assert!(!answered(b"HTTP/1.1 304 Not Modified\r\n\r\n"));
         assert!(!answered(b"HTTP/1.1"));
         assert!(!answered(b""));
+    }
+
+    #[test]
+    fn an_answer_is_cut_where_its_head_ends_and_its_tag_ends_no_head_of_ours() {
+        let seeds: [&[u8]; 3] = [
+            b"HTTP/1.1 200 OK\r\netag: \"00af\"\r\ncontent-length: 2\r\n\r\n{}",
+            b"HTTP/1.0 200 OK\r\n\r\n",
+            b"HTTP/1.1 304 Not Modified\r\nETag: W/\"1\"\r\n\r\n",
+        ];
+        let words =
+            ["HTTP/1.1 200", "HTTP/1.1 304", "\r\n\r\n", "\r", "etag:", "ETAG", ":", "\"", "x: y\r\n"];
+        fuzz::damaged!(seeds, words, |input: &[u8]| {
+            let Ok(Answer { head, body, is_modified }) = parse(input.to_vec()) else { return };
+            assert!(input.ends_with(&body) && input.starts_with(b"HTTP/1."));
+            assert_eq!(is_modified, !input.starts_with(NOT_MODIFIED));
+            assert_eq!(head.find("\r\n\r\n"), Some(head.len() - 4));
+            assert!(tag(&head).bytes().all(|byte| byte.is_ascii_graphic()));
+        });
     }
 }

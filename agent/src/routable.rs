@@ -294,4 +294,51 @@ mod tests {
         assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 0);
         Routable::parse(br#"{"version": 2, "services": []}"#).unwrap_err();
     }
+
+    #[test]
+    fn whatever_the_proxy_says_is_bounded_leads_to_no_local_address_and_is_kept_as_it_is() {
+        let listened = SAID.replace("\"virtual\"", "\"loopback\": \"127.66.1.2\", \"virtual\"");
+        let seeds = [SAID, &listened].map(str::as_bytes);
+        let words = [
+            "\"",
+            ":",
+            ",",
+            "{",
+            "}",
+            "[",
+            "]",
+            "null",
+            "127.0.0.1",
+            "169.254.0.1",
+            "::1",
+            "0.0.0.0",
+            "241.1.1.1",
+            "[fd00::1]:80",
+            "::ffff:127.0.0.1",
+            "[::ffff:10.0.0.1%1]:80",
+            "localhost",
+            "\\n",
+            "\\u0007",
+            "\"domains\":",
+            "\"endpoints\":",
+        ];
+        fuzz::damaged!(seeds, words, |input: &[u8]| {
+            let Ok(routable) = Routable::parse(input) else { return };
+            assert!(routable.all().count() <= MAX_DESTINATIONS);
+            for (from, to) in routable.virtual_addresses() {
+                assert!(is_virtual(from) && !destination(to.ip()).is_local(), "{from} {to}");
+                assert!(from.is_ipv6() || to.is_ipv4(), "{from} {to}");
+            }
+            if let Ok(names) = routable.names() {
+                let line = |name: &Name| format!("{}\t{}", name.address, name.name);
+                assert!(
+                    names
+                        .iter()
+                        .map(line)
+                        .all(|line| line.split_whitespace().count() == 2 && !line.contains('#'))
+                );
+            }
+            assert_eq!(Routable::parse(&serde_json::to_vec(&routable).unwrap()).unwrap(), routable);
+        });
+    }
 }

@@ -240,4 +240,21 @@ mod tests {
             assert_eq!(owner_of(&good[..end], TCP, local, remote), None, "{end}");
         }
     }
+
+    #[test]
+    fn whatever_the_kernel_answers_an_owner_is_that_of_the_socket_that_was_asked_for() {
+        let (local, remote) = ("127.0.0.1:43210".parse().unwrap(), "127.0.0.1:80".parse().unwrap());
+        let mut good = vec![0; MESSAGE];
+        good[FAMILY] = libc::AF_INET as u8;
+        good[PORT..PORT + 4].copy_from_slice(&[0xa8, 0xca, 0, 80]);
+        good[UID..MESSAGE].copy_from_slice(&[1000_u32.to_ne_bytes(), 7_u32.to_ne_bytes()].concat());
+        good.extend(crate::netlink::attribute(CGROUP_ID, &9_u64.to_ne_bytes()));
+        fuzz::damaged!([&good[..]], ["\x0c\0\x15\0", "\n", "\x02"], |input: &[u8]| {
+            let Some((port, socket)) = socket(input) else {
+                return assert_eq!(owner_of(input, TCP, local, remote), None);
+            };
+            let Some(Owner { uid, cgroup }) = owner_of(input, TCP, local, remote) else { return };
+            assert!(port == local.port() && cgroup == socket.cgroup && (cgroup != 0 || uid.is_some()));
+        });
+    }
 }

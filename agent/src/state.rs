@@ -1,6 +1,9 @@
 //! What is enabled, on disk: written before the kernel is touched, so that a restart goes on from there.
 
-use crate::mode::Mode;
+use crate::{
+    config::{check_cgroup, check_name},
+    mode::Mode,
+};
 use serde::{Deserialize, Serialize};
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -85,6 +88,21 @@ pub(crate) enum StateError {
 }
 
 impl State {
+    /// As it was written; else what is wrong with it. Names and cgroups become parts of paths.
+    fn parse(text: &[u8]) -> Result<Self, String> {
+        let state: Self = serde_json::from_slice(text).map_err(|error| error.to_string())?;
+        if state.version != VERSION {
+            return Err(format!("its version is {}; expected {VERSION}", state.version));
+        }
+        let ids: BTreeSet<u32> = state.services.values().map(|entry| entry.id).collect();
+        if ids.len() != state.services.len() || ids.contains(&0) {
+            return Err("ids are not distinct and positive".to_owned());
+        }
+        state.services.keys().try_for_each(|name| check_name(name))?;
+        state.services.values().flat_map(|entry| &entry.commands).try_for_each(|path| check_cgroup(path))?;
+        Ok(state)
+    }
+
     /// How the daemon steers, or did last.
     pub(crate) fn mode(&self) -> Option<Mode> {
         self.mode
@@ -193,16 +211,7 @@ impl StateFile {
             }
             text => text.map_err(self.failed("read"))?,
         };
-        let corrupt = |reason: String| StateError::Corrupt { path: self.path.clone(), reason };
-        let state: State = serde_json::from_slice(&text).map_err(|error| corrupt(error.to_string()))?;
-        if state.version != VERSION {
-            return Err(corrupt(format!("its version is {}; expected {VERSION}", state.version)));
-        }
-        let ids: BTreeSet<u32> = state.services.values().map(|entry| entry.id).collect();
-        if ids.len() != state.services.len() || ids.contains(&0) {
-            return Err(corrupt("ids are not distinct and positive".to_owned()));
-        }
-        Ok(state)
+        State::parse(&text).map_err(|reason| StateError::Corrupt { path: self.path.clone(), reason })
     }
 
     /// Writes it whole or not at all.
@@ -301,11 +310,40 @@ mod tests {
             r#"{"version":2,"services":{}}"#,
             r#"{"version":1,"services":{},"x":1}"#,
             same_ids,
+            &same_ids.replace(r#""b":{"id":1"#, r#""../b":{"id":2"#),
+            &same_ids.replace("[]", r#"["/../a"]"#).replace(r#""b":{"id":1"#, r#""b":{"id":2"#),
         ] {
             fs::write(dir.path().join("enabled.json"), text).unwrap();
             let message = file.load().unwrap_err().to_string();
             assert!(message.contains("enabled.json") && message.contains("nothing was changed"), "{message}");
             assert_eq!(fs::read_to_string(dir.path().join("enabled.json")).unwrap(), text);
         }
+    }
+
+    #[test]
+    fn a_state_is_sound_and_is_written_as_it_is_read() {
+        let seeds = [
+            r#"{"version":1,"services":{}}"#,
+            r#"{"version":1,"mode":"nftables","services":{
+                "shop":{"id":1,"since":1790000000,"enabled":true,"observe":true,"commands":["/mesh-redirect/shop-1"]},
+                "web":{"id":2,"since":0,"enabled":false,"container":{"name":"web","id":"3f1c","required":true},"commands":[]}}}"#,
+        ]
+        .map(str::as_bytes);
+        let words = [
+            "\"", ":", ",", "{", "}", "[", "]", "null", "true", "\\u0000", "../", "\"x\":1,", "\"id\":",
+            "1e0", "hosts",
+        ];
+        assert!(seeds.iter().all(|seed| State::parse(seed).is_ok()));
+        fuzz::damaged!(seeds, words, |input: &[u8]| {
+            let Ok(state) = State::parse(input) else { return };
+            let ids: BTreeSet<u32> = state.iter().map(|(_, entry)| entry.id).collect();
+            assert!(ids.len() == state.iter().count() && !ids.contains(&0));
+            assert!(state.iter().all(|(name, _)| !name.contains('/') && !name.starts_with('.')));
+            let commands = || state.iter().flat_map(|(_, entry)| &entry.commands);
+            assert!(
+                commands().all(|path| path.starts_with('/') && !path.split('/').any(|part| part == ".."))
+            );
+            assert_eq!(State::parse(&serde_json::to_vec(&state).unwrap()), Ok(state));
+        });
     }
 }

@@ -234,8 +234,12 @@ impl Workloads {
 /// The path of a process's cgroup, below the cgroup2 mount.
 pub(crate) fn path_of_process(pid: i32) -> io::Result<String> {
     let text = fs::read_to_string(format!("/proc/{pid}/cgroup"))?;
-    let path = text.lines().find_map(|line| line.strip_prefix("0::"));
-    path.map(str::to_owned).ok_or_else(|| io::Error::other("it has no cgroup2 line (0::/…)"))
+    cgroup2_path(&text).map(str::to_owned).ok_or_else(|| io::Error::other("it has no cgroup2 line (0::/…)"))
+}
+
+/// Of the text of proc_pid_cgroup(5).
+fn cgroup2_path(text: &str) -> Option<&str> {
+    text.lines().find_map(|line| line.strip_prefix("0::")).filter(|path| path.starts_with('/'))
 }
 
 /// A process and all that descend from it; none where it is not there.
@@ -255,10 +259,15 @@ pub(crate) fn descendants(pid: u32) -> BTreeSet<u32> {
     }
 }
 
-/// The fourth field of /proc/PID/stat (proc_pid_stat(5)); none of a process that has ended and only waits to be counted.
+/// The parent of a process; none of one that has ended and only waits to be counted.
 fn parent(pid: u32) -> Option<u32> {
-    let stat = fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
+    parent_of(&fs::read(format!("/proc/{pid}/stat")).ok()?)
+}
+
+/// The fourth field (proc_pid_stat(5)).
+fn parent_of(stat: &[u8]) -> Option<u32> {
     // The second field, a name, may hold anything.
+    let stat = String::from_utf8_lossy(stat);
     let (_, rest) = stat.rsplit_once(')')?;
     let mut fields = rest.split_whitespace();
     fields.next().filter(|state| *state != "Z")?;
@@ -336,5 +345,26 @@ mod tests {
         );
         let message = resolve("payments");
         assert!(message.contains("there is no cgroup /x below /nonexistent"), "{message}");
+    }
+
+    #[test]
+    fn a_process_is_in_the_cgroup_of_the_cgroup2_line() {
+        let seeds: [&[u8]; 2] = [b"12:cpu:/a\n1:name=systemd:/b\n0::/system.slice/shop.service\n", b"0::/\n"];
+        fuzz::damaged!(seeds, ["0::", ":", "/", "/../", " (deleted)", "\r"], |input: &[u8]| {
+            let text = String::from_utf8_lossy(input);
+            let Some(path) = cgroup2_path(&text) else { return };
+            assert!(path.starts_with('/') && !path.contains('\n') && text.contains(&format!("0::{path}")));
+        });
+    }
+
+    #[test]
+    fn a_process_has_the_parent_that_stands_after_its_name_whatever_its_name_is() {
+        let stat = |name: &[u8], rest: &str| [b"7 (", name, b") ", rest.as_bytes()].concat();
+        assert_eq!(parent_of(&stat(b"sh", "Z 3 7 7")), None);
+        let seeds: [&[u8]; 3] = [b"sh", b"a) S 1 (b", b"\xff\n"];
+        fuzz::damaged!(seeds, ["(", ")", ") R 1 ", " ", "Z"], |name: &[u8]| {
+            assert_eq!(parent_of(&stat(name, "S 4294967295 7 7")), Some(u32::MAX));
+            let _whatever = parent_of(name);
+        });
     }
 }

@@ -104,4 +104,41 @@ mod tests {
             assert_eq!(protocol(bytes), Protocol::Opaque, "{:?}", String::from_utf8_lossy(bytes));
         }
     }
+
+    #[test]
+    fn what_is_decided_stays_so_whatever_follows() {
+        let seeds: [&[u8]; 4] = [
+            b"GET http://u@other:81/x?y HTTP/1.1\r\nHost: shop\r\nX: y\r\n\r\nbody",
+            b"OPTIONS * HTTP/1.0\nhost: shop\n\n",
+            b"CONNECT shop:443 HTTP/1.1\r\nHost: shop:443\r\n\r\n",
+            b"\x16\x03\x01\x02\x00\x01\x00",
+        ];
+        let words = [
+            "\r\n\r\n",
+            "\r\n",
+            "Host:",
+            "host: b\r\n",
+            "://",
+            "@",
+            "HTTP/1.1",
+            "HTTP/2.0",
+            "/",
+            "?",
+            "#",
+            "\\",
+        ];
+        fuzz::damaged!(seeds, words, |input: &[u8]| {
+            let decided = protocol(input);
+            if let Protocol::Http1 { host: Some(host) } = &decided {
+                let bytes = host.as_bytes();
+                assert!(bytes.is_empty() || input.windows(bytes.len()).any(|window| window == bytes));
+                assert!(!host.contains(char::is_control), "{host:?}");
+            }
+            // In the order in which the bytes come.
+            let first = (0..=input.len())
+                .map(|end| protocol(&input[..end]))
+                .find(|seen| *seen != Protocol::Undecided);
+            assert_eq!(first.unwrap_or(Protocol::Undecided), decided);
+        });
+    }
 }

@@ -242,4 +242,35 @@ mod tests {
             assert_eq!(VirtualAddress::at(ip.parse().unwrap()), None, "{ip}");
         }
     }
+
+    #[test]
+    fn every_set_of_names_has_distinct_addresses_that_lead_back_to_them() {
+        let [one, other] = colliding();
+        let seed = format!("catalog catalog.internal mail 10.0.0.1 ::1 {one} {other}");
+        fuzz::damaged!(
+            [seed.as_bytes()],
+            [" ", ".", "catalog", "127.0.0.1", &one, &other],
+            |input: &[u8]| {
+                let text = String::from_utf8_lossy(input);
+                let names: BTreeSet<&str> = text.split(' ').filter(|name| !name.is_empty()).collect();
+                let names: Vec<&str> = names.into_iter().collect();
+                let (before, after) = names.split_at(names.len() / 2);
+                let previous = assign(before, &VirtualAddresses::default());
+                let assigned = assign(&[before, after].concat(), &previous);
+                for name in names.iter().filter(|name| name.parse::<IpAddr>().is_err()) {
+                    let address = assigned.of(name).unwrap();
+                    for ip in [IpAddr::from(address.ipv4()), address.ipv6().into()] {
+                        assert!(
+                            is_virtual(ip) && assigned.name_at(ip).is_some_and(|found| **found == **name),
+                            "{name} {ip}"
+                        );
+                    }
+                    assert!(previous.of(name).is_none_or(|before| before == address));
+                }
+                let listened = loopback(&[host(&names, &[80])]);
+                let distinct: BTreeSet<Ipv4Addr> = listened.iter().map(|name| name.address).collect();
+                assert!(distinct.len() == listened.len() && distinct.iter().all(Ipv4Addr::is_loopback));
+            }
+        );
+    }
 }

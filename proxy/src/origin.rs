@@ -157,4 +157,18 @@ mod tests {
         let whole = whole(1, 2, &[10, 0, 0, 53], "");
         assert_eq!(address(whole.first_chunk().unwrap()).unwrap(), "10.0.0.53:8080".parse().unwrap());
     }
+
+    #[test]
+    fn an_origin_is_read_or_refused_and_its_name_ends_with_its_field() {
+        let seeds = [whole(1, 2, &[10, 0, 0, 7], "shop"), whole(1, 10, &[0xfd; 16], &"x".repeat(64))];
+        fuzz::damaged!([&seeds[0][..], &seeds[1]], ["\x01\0\0\0", "\x02\0", "\n\0"], |input: &[u8]| {
+            let mut whole = [0; WHOLE_LEN];
+            let len = input.len().min(WHOLE_LEN);
+            whole[..len].copy_from_slice(&input[..len]);
+            let Ok(Origin { destination, service }) = parse(&whole) else { return };
+            assert_eq!(address(whole.first_chunk().unwrap()).unwrap(), destination);
+            let name = service.unwrap_or_default();
+            assert!(!name.contains('\0') && name.chars().count() <= WHOLE_LEN - 40);
+        });
+    }
 }

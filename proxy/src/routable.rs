@@ -177,4 +177,19 @@ mod tests {
             assert!(!is_known(unknown, &tag), "{unknown}");
         }
     }
+
+    #[test]
+    fn a_tag_is_known_only_where_it_stands() {
+        let tag = entity_tag(b"body");
+        let list = format!("\"x\", W/{tag}, *");
+        fuzz::damaged!(
+            [list.as_bytes(), tag.as_bytes()],
+            [",", "W/", "*", "\"", tag.as_str()],
+            |input: &[u8]| {
+                let header = String::from_utf8_lossy(input);
+                assert!(!is_known(&header, &tag) || header.contains(&tag) || header.contains('*'));
+                assert!(is_known(&format!("{header},{tag}"), &tag));
+            }
+        );
+    }
 }

@@ -81,4 +81,25 @@ mod tests {
             assert!(table.find(host).is_none(), "{host}");
         }
     }
+
+    #[test]
+    fn only_a_domain_finds_its_cluster_whatever_host_is_asked_for() {
+        let cluster = model::Cluster {
+            name: "c".into(),
+            connect_timeout: Duration::from_secs(1),
+            endpoints: vec!["127.0.0.1:1".parse().unwrap()],
+        };
+        let cluster = Arc::new(Cluster::new(&cluster, &Metrics::default()));
+        let table = Table { domains: HashMap::from([("shop.internal".to_owned(), cluster)]) };
+        let seeds: [&[u8]; 2] = [b"shop.internal", b"Shop.Internal.:8080"];
+        fuzz::damaged!(seeds, [":", ".", ":80", "shop", "S", "[", "]"], |input: &[u8]| {
+            let host = String::from_utf8_lossy(input);
+            if table.find(&host).is_some() {
+                let rest = host.to_ascii_lowercase();
+                let rest = rest.strip_prefix("shop.internal").unwrap();
+                let port = rest.strip_prefix('.').unwrap_or(rest).trim_start_matches(':');
+                assert!(port.bytes().all(|byte| byte.is_ascii_digit()), "{host}");
+            }
+        });
+    }
 }

@@ -163,3 +163,88 @@ fn a_named_file_that_is_absent_is_an_error() {
     let error = Config::load(Some(Path::new("/nonexistent/agent.yaml"))).unwrap_err().to_string();
     assert!(error.starts_with("/nonexistent/agent.yaml: "), "{error}");
 }
+
+#[test]
+fn whatever_is_written_is_refused_at_a_place_or_means_something_sound() {
+    const FULL: &str = "mode: auto
+paths: { run: /run/mr, state: /var/lib/mr, pins: /sys/fs/bpf/mr, hosts: /etc/hosts, hooks: /h }
+proxy: { port: 15001, dns_port: 15053, admin: '127.0.0.1:15000', unit: mesh-proxy.service }
+failure: closed
+capture: { base: listed, dns: true, include: [fd00::/8, { cidr: 10.0.0.0/8, ports: [80, 8000-8999] }] }
+services:
+  a: { cgroup: /a/b, failure: open, capture: routable }
+  b: { user: 1000, unit: app.service, capture: { exclude: [{ service: legacy }, { ports: [5432] }] } }
+  c: { container: web-1 }
+";
+    let seeds = [FULL, include_str!("../../../packaging/agent.yaml")].map(str::as_bytes);
+    let words = [
+        ": ",
+        "- ",
+        "{ ",
+        " }",
+        "[",
+        "]",
+        ", ",
+        "#",
+        "'",
+        "\"",
+        "&a ",
+        "*a",
+        "<<: *a",
+        "|\n",
+        "!!str ",
+        "~",
+        "include",
+        "services",
+        "ports",
+        "cidr",
+        "1-",
+        "::/0",
+        "10.0.0.1/8",
+        "user: root",
+        "unit: x.slice",
+        "0x10",
+        "1e3",
+        ".nan",
+        "---\n",
+        "\t",
+    ];
+    is_sound(&Config::parse(Path::new("agent.yaml"), FULL).unwrap());
+    fuzz::damaged!(seeds, words, |input: &[u8]| {
+        let text = String::from_utf8_lossy(input);
+        match Config::parse(Path::new("agent.yaml"), &text) {
+            Ok(config) => is_sound(&config),
+            Err(ConfigError::Invalid { line, column, message, .. }) => {
+                let lines = text.split(['\n', '\r']).count() as u64;
+                assert!((1..=lines + 1).contains(&line) && column > 0, "{line}:{column}: {message}");
+                assert!(!message.is_empty() && !message.contains(char::is_control), "{message:?}");
+            }
+            Err(error) => panic!("{error}"),
+        }
+    });
+}
+
+fn is_sound(config: &Config) {
+    let Paths { run, state, pins, hosts, hooks } = &config.paths;
+    assert!([run, state, pins, hosts, hooks].into_iter().all(|path| path.is_absolute()));
+    assert!(
+        config.proxy.port > 0 && config.proxy.dns_port.checked_add(agent_ebpf::RESOLVER_PORTS - 1).is_some()
+    );
+    let scopes = config.services.values().filter_map(|service| service.scope.as_ref());
+    for scope in scopes.chain([&config.proxy.scope]) {
+        match scope {
+            Scope::Cgroup(path) => check_cgroup(path).unwrap(),
+            Scope::Unit(unit) | Scope::UserUnit { unit, .. } => check_unit(unit).unwrap(),
+            Scope::Container(name) => check_name(name).unwrap(),
+            Scope::User(_) => {}
+        }
+    }
+    config.services.keys().for_each(|name| check_name(name).unwrap());
+    let policies = config.services.values().map(|service| &service.policy).chain([&config.defaults]);
+    for capture in policies.flat_map(|policy| policy.include.iter().chain(&*policy.exclude)) {
+        assert!(capture.ports.iter().all(|ports| ports.first > 0 && ports.first <= ports.last), "{capture}");
+        if let Destinations::Block(block) = capture.destinations {
+            assert_eq!(block.addr(), block.network());
+        }
+    }
+}

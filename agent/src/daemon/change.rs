@@ -14,7 +14,7 @@ use crate::{
         systemd::{self, DropIn},
     },
 };
-use globset::Glob;
+use globset::{Glob, GlobMatcher};
 use similar::{ChangeTag, TextDiff};
 use std::{collections::BTreeSet, io};
 
@@ -203,8 +203,7 @@ fn expand(asked: &[String], known: &[String]) -> Result<Vec<String>, Error> {
             names.push(asked.clone());
             continue;
         }
-        let pattern =
-            Glob::new(asked).map_err(|error| Error::BadPattern(error.to_string()))?.compile_matcher();
+        let pattern = matcher(asked)?;
         let before = names.len();
         names.extend(known.iter().filter(|name| pattern.is_match(name)).cloned());
         if names.len() == before {
@@ -215,4 +214,69 @@ fn expand(asked: &[String], known: &[String]) -> Result<Vec<String>, Error> {
     let mut seen = BTreeSet::new();
     names.retain(|name| seen.insert(name.clone()));
     Ok(names)
+}
+
+/// Longest pattern: several names' length.
+const MAX_PATTERN: usize = 256;
+
+fn matcher(pattern: &str) -> Result<GlobMatcher, Error> {
+    if pattern.len() > MAX_PATTERN || pattern.contains(char::is_control) {
+        let message = format!("expected patterns of at most {MAX_PATTERN} bytes, without control characters");
+        return Err(Error::BadPattern(message));
+    }
+    let glob = Glob::new(pattern).map_err(|error| Error::BadPattern(error.to_string()))?;
+    Ok(glob.compile_matcher())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_pattern_that_no_name_can_match_is_refused_unseen() {
+        for pattern in ["*".repeat(MAX_PATTERN + 1), "[a-\0]".to_owned()] {
+            let message = expand(&[pattern], &[]).unwrap_err().to_string();
+            assert!(message.contains("at most 256 bytes"), "{message}");
+        }
+    }
+
+    #[test]
+    fn whatever_is_asked_for_becomes_names_that_were_asked_for_or_are_known() {
+        let known = ["cart", "payments", "payment-api", "shop"].map(str::to_owned);
+        let seeds = [
+            r#"{"services": ["shop", "pay*", "[a-z]art", "{cart,shop}"], "all_matching": false, "observe": true, "dry_run": true}"#,
+            r#"{"services": ["a@b.service"]}"#,
+        ]
+        .map(str::as_bytes);
+        let words = [
+            "\"",
+            ",",
+            "*",
+            "**/",
+            "?",
+            "[",
+            "]",
+            "[!",
+            "{",
+            "}",
+            "{a,",
+            "\\\\",
+            "../",
+            "\\u0000",
+            "\"shop\",",
+            "[]",
+            "{}",
+        ];
+        fuzz::damaged!(seeds, words, |input: &[u8]| {
+            let Ok(change) = serde_json::from_slice::<api::Change>(input) else { return };
+            match expand(&change.services, &known) {
+                Ok(names) => {
+                    assert!(!names.is_empty() && BTreeSet::from_iter(&names).len() == names.len());
+                    assert!(names.iter().all(|name| check_name(name).is_ok()));
+                    assert!(names.iter().all(|name| known.contains(name) || change.services.contains(name)));
+                }
+                Err(error) => assert!(!error.to_string().contains(char::is_control), "{error:?}"),
+            }
+        });
+    }
 }

@@ -231,4 +231,43 @@ mod tests {
             assert!(error.contains(says), "{uri}: {error}");
         }
     }
+
+    #[test]
+    fn a_question_is_understood_as_it_is_written_or_told_in_one_line_what_was_expected() {
+        let seeds = [
+            "client=10.77.0.1:43210&destination=10.77.0.10:8080",
+            "proxy=127.0.0.1%3A15053&client=%5Bfd77::1%5D%3A1",
+        ]
+        .map(str::as_bytes);
+        let words = [
+            "&",
+            "=",
+            "%",
+            "%00",
+            "%0a",
+            "+",
+            "client",
+            "proxy",
+            "destination",
+            "::1",
+            "[",
+            "]",
+            "%25eth0",
+            "::ffff:1.2.3.4",
+        ];
+        fuzz::damaged!(seeds, words, |input: &[u8]| {
+            match ends(&String::from_utf8_lossy(input)) {
+                Ok((client, to)) => {
+                    let (key, other) = match to {
+                        To::Destination(other) => ("destination", other),
+                        To::Proxy(other) => ("proxy", other),
+                    };
+                    assert_eq!(client.is_ipv4(), other.is_ipv4());
+                    let again = format!("client={client}&{key}={other}").replace('%', "%25");
+                    assert_eq!(ends(&again), Ok((client, to)), "{again}");
+                }
+                Err(error) => assert!(!error.contains(char::is_control), "{error:?}"),
+            }
+        });
+    }
 }

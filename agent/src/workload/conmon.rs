@@ -65,4 +65,17 @@ mod tests {
             assert_eq!(parsed(line), None, "{line}");
         }
     }
+
+    #[test]
+    fn what_conmon_is_said_to_watch_stands_in_its_arguments() {
+        let seeds: [&[u8]; 2] = [
+            b"/usr/bin/conmon\0--api-version\x001\0-c\x003f1c\0-u\x003f1c\0-n\0web\0--exit-dir\0/e\0",
+            b"conmon\0--cid\x003f1c\0--name\0web\0",
+        ];
+        fuzz::damaged!(seeds, ["\0", "-c", "-n", "--cid", "--name", "conmon", "/"], |input: &[u8]| {
+            let Some(Watched { id, name }) = parse(input) else { return };
+            let arguments: Vec<&[u8]> = input.split(|byte| *byte == 0).skip(1).collect();
+            assert!([id, name].iter().all(|value| arguments.contains(&value.as_bytes())));
+        });
+    }
 }

@@ -211,4 +211,59 @@ mod tests {
             assert_eq!(of(process, hook), None, "{process}");
         }
     }
+
+    #[test]
+    fn a_state_that_is_taken_names_a_process_and_an_id_that_is_one_part_of_a_path() {
+        let state = format!(
+            r#"{{"ociVersion":"1.0.2-dev","id":"{ID}","status":"creating","pid":7,"bundle":"/b",
+                "annotations":{{"nerdctl/name":"web","io.kubernetes.cri.container-name":"app"}}}}"#
+        );
+        let seeds = [state.as_bytes(), br#"{"ociVersion":"1.0.0","id":"a","pid":7}"#];
+        let words = [
+            "\"",
+            ":",
+            ",",
+            "{",
+            "}",
+            "null",
+            "../",
+            "\\u0000",
+            "-7",
+            "2147483648",
+            "1.",
+            "\"id\":",
+            "\"annotations\":",
+        ];
+        fuzz::damaged!(seeds, words, |input: &[u8]| {
+            let Ok(Starting { id, pid, .. }) = Starting::parse(input) else { return };
+            assert!(pid > 0 && !id.is_empty() && id.len() <= MAX_ID);
+            assert_eq!(Path::new("/a").join(&id).parent(), Some(Path::new("/a")));
+        });
+    }
+
+    #[test]
+    fn the_cgroup_of_a_container_holds_its_process_and_never_the_hook() {
+        let process = format!("/kubepods.slice/kubepods-pod1.slice/crio-{ID}.scope/init.scope");
+        let short = format!("/docker/{ID}\n/system.slice/docker.service");
+        let seeds = [process.as_bytes(), short.as_bytes(), b"/\n/"];
+        fuzz::damaged!(seeds, ["/", "//", "/..", ID, "docker-", ".scope", "\n"], |input: &[u8]| {
+            let text = String::from_utf8_lossy(input);
+            let (process, hook) = text.split_once('\n').unwrap_or((&text, "/"));
+            let Some(found) = cgroup(process, hook, ID) else { return };
+            assert!(Path::new(process).starts_with(found) && !Path::new(hook).starts_with(found), "{found}");
+        });
+    }
+
+    #[test]
+    fn what_docker_keeps_names_a_container_or_nothing() {
+        let seeds: [&[u8]; 2] = [br#"{"StreamConfig":{},"ID":"x","Name":"/web-1"}"#, br#"{"Name":"web"}"#];
+        fuzz::damaged!(
+            seeds,
+            ["\"Name\"", "\"", ":", "{", "}", "null", "//", "\\u0000"],
+            |input: &[u8]| {
+                let Some(name) = named_by_docker(input) else { return };
+                assert!(name.len() <= input.len());
+            }
+        );
+    }
 }

@@ -189,4 +189,23 @@ mod tests {
             "{required}"
         );
     }
+
+    #[test]
+    fn systemds_answer_tells_of_no_more_units_than_it_has_blocks() {
+        let seeds: [&[u8]; 2] = [
+            b"LoadState=loaded\nControlGroup=/system.slice/a.service\n\nLoadState=not-found\nControlGroup=\n",
+            b"ControlGroup=/\nLoadState=loaded\n",
+        ];
+        fuzz::damaged!(
+            seeds,
+            ["LoadState=", "ControlGroup=", "loaded", "=", "\n\n", "/"],
+            |input: &[u8]| {
+                let text = String::from_utf8_lossy(input);
+                let units = parse(&text);
+                assert!(units.len() <= 1 + text.matches("\n\n").count());
+                let groups = units.iter().filter_map(|unit| unit.control_group.as_deref());
+                assert!(groups.into_iter().all(|path| !path.is_empty() && path != "/"));
+            }
+        );
+    }
 }

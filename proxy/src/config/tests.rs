@@ -77,3 +77,83 @@ fn every_fault_is_named_with_its_place_and_what_was_expected() {
         .collect();
     assert!(wrong.is_empty(), "{wrong:#?}");
 }
+
+#[test]
+fn whatever_is_written_is_refused_at_a_place_or_means_something_sound() {
+    const FULL: &str = "listen: { port: 15001, workers: 2 }
+admin: 127.0.0.1:15000
+origins: /run/origins.sock
+dns: { port: 15053 }
+resolve_domains: true
+drain_timeout: 10s
+virtual_hosts:
+  - { name: catalog, domains: [catalog, Catalog.Internal., 10.0.0.1], cluster: c, ports: [8080, 80] }
+clusters:
+  - { name: c, connect_timeout: 500ms, endpoints: ['10.1.0.2:8080', '[fd00::1]:80'] }
+";
+    let seeds = [FULL, include_str!("../../../packaging/proxy.yaml")].map(str::as_bytes);
+    let words = [
+        ": ",
+        "- ",
+        "{ ",
+        " }",
+        "[",
+        "]",
+        ", ",
+        "#",
+        "'",
+        "\"",
+        "&a ",
+        "*a",
+        "<<: *a",
+        "|\n",
+        "!!str ",
+        "~",
+        "ports: ",
+        "domains",
+        "clusters:",
+        "127.0.0.1:15001",
+        "[::1]:15000",
+        "241.0.0.1:1",
+        "0.0.0.0:1",
+        "1ns",
+        "0s",
+        "9999999999y",
+        ".",
+        "---\n",
+        "\t",
+    ];
+    is_sound(&parse(FULL).unwrap());
+    fuzz::damaged!(seeds, words, |input: &[u8]| {
+        let text = String::from_utf8_lossy(input);
+        match super::parse(Path::new("proxy.yaml"), &text) {
+            Ok(config) => is_sound(&config),
+            Err(ConfigError::Invalid { line, column, message, .. }) => {
+                let lines = text.split(['\n', '\r']).count() as u64;
+                assert!((1..=lines + 1).contains(&line) && column > 0, "{line}:{column}: {message}");
+                assert!(!message.is_empty() && !message.contains(char::is_control), "{message:?}");
+            }
+            Err(error) => panic!("{error}"),
+        }
+    });
+}
+
+fn is_sound(config: &Config) {
+    let ports: BTreeSet<u16> = config.own_ports().into_iter().collect();
+    assert_eq!(ports.len(), config.own_ports().len());
+    assert!(config.listen.port > 0 && config.listen.workers > 0 && config.origins.is_absolute());
+    assert!(config.dns.is_none_or(|port| port.checked_add(dns::PORTS - 1).is_some()));
+    assert!(!config.drain_timeout.is_zero());
+    for cluster in &config.clusters {
+        assert!(!cluster.endpoints.is_empty() && !cluster.connect_timeout.is_zero());
+        assert!(cluster.endpoints.iter().all(|to| !is_own(*to, &config.own_ports()) && !is_virtual(to.ip())));
+    }
+    let mut domains = BTreeSet::new();
+    for host in &config.virtual_hosts {
+        assert!(config.clusters.iter().any(|cluster| cluster.name == host.cluster));
+        assert!(!host.ports.contains(&0) && host.ports.is_sorted());
+        for domain in &host.domains {
+            assert!(domains.insert(domain) && !domain.is_empty() && *domain == domain.to_ascii_lowercase());
+        }
+    }
+}

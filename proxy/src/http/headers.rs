@@ -114,4 +114,44 @@ mod tests {
             &[("connection", "keep-alive, Upgrade"), ("upgrade", "websocket"), ("keep-alive", "x")];
         assert_eq!(stripped(headers, true), ["connection: upgrade", "upgrade: websocket"]);
     }
+
+    #[test]
+    fn whatever_connection_names_nothing_of_this_hop_stays_and_neither_host_nor_length_goes() {
+        let seeds: [&[u8]; 3] = [
+            b"connection: close, x-a\nx-a: 1\nhost: a\ncontent-length: 3\nte: trailers",
+            b"connection: host\nconnection: content-length,upgrade\nupgrade: websocket\nhost: a\ncontent-length: 3",
+            b"keep-alive: 5\nproxy-connection: x\ntransfer-encoding: chunked\nte: gzip",
+        ];
+        let words =
+            ["connection: ", "host", "content-length", ",", "\n", ": ", "upgrade", "te", "chunked", "\t"];
+        fuzz::damaged!(seeds, words, |input: &[u8]| {
+            let mut before = HeaderMap::new();
+            for line in input.split(|byte| *byte == b'\n') {
+                let at = line.iter().position(|byte| *byte == b':').unwrap_or(line.len());
+                let value = line.get(at + 1..).unwrap_or_default().trim_ascii();
+                if let (Ok(name), Ok(value)) =
+                    (HeaderName::from_bytes(&line[..at]), HeaderValue::from_bytes(value))
+                {
+                    before.append(name, value);
+                }
+            }
+            for upgrade in [false, true] {
+                let mut after = before.clone();
+                strip_hop_by_hop(&mut after, upgrade);
+                for name in [http::header::HOST, http::header::CONTENT_LENGTH] {
+                    assert!(after.get_all(&name).iter().eq(before.get_all(&name)));
+                }
+                assert!(
+                    [&KEEP_ALIVE, &PROXY_CONNECTION, &TRANSFER_ENCODING]
+                        .iter()
+                        .all(|name| !after.contains_key(*name))
+                );
+                assert!(after.get(CONNECTION).is_none_or(|value| upgrade && value == "upgrade"));
+                assert!(after.get(TE).is_none_or(|value| value == "trailers"));
+                let mut again = after.clone();
+                strip_hop_by_hop(&mut again, upgrade);
+                assert!(again.get(UPGRADE) == after.get(UPGRADE) && is_plainly_framed(&again));
+            }
+        });
+    }
 }

@@ -21,12 +21,14 @@ pub(super) fn without(text: &[u8]) -> Vec<u8> {
             kept.extend(line);
             continue;
         }
-        if line.starts_with(BEGIN_UNENDED.as_bytes()) && kept.last() == Some(&b'\n') {
-            kept.pop();
-        }
         // Nothing but our own lines, wherever somebody may have cut the block.
         while lines.next_if(|line| line.starts_with(OURS.as_bytes())).is_some() {}
         let _end = lines.next_if(|line| line.starts_with(END_LINE.as_bytes()));
+        // Where somebody has appended to the file since, the line before needs an end.
+        let is_last = lines.peek().is_none();
+        if line.starts_with(BEGIN_UNENDED.as_bytes()) && is_last && kept.last() == Some(&b'\n') {
+            kept.pop();
+        }
     }
     kept
 }
@@ -83,6 +85,13 @@ mod tests {
     }
 
     #[test]
+    fn what_is_appended_after_a_line_without_an_end_is_a_line_of_its_own() {
+        let (mut text, _) = with(b"127.0.0.1 localhost", &names());
+        text.extend(b"10.0.0.1 theirs\n");
+        assert_eq!(without(&text), b"127.0.0.1 localhost\n10.0.0.1 theirs\n");
+    }
+
+    #[test]
     fn the_block_maps_each_name_and_leaves_those_that_have_an_address() {
         let (text, left) = with(b"10.0.0.9 Catalog\n# 10.0.0.8 mail\n", &names());
         let text = String::from_utf8(text).unwrap();
@@ -94,5 +103,48 @@ mod tests {
     fn a_damaged_block_loses_only_our_own_lines() {
         let file = b"a b\n# BEGIN mesh-redirect: x\n127.66.1.1 n\n10.0.0.1 theirs\n127.66.1.2 later\n";
         assert_eq!(without(file), b"a b\n10.0.0.1 theirs\n127.66.1.2 later\n");
+    }
+
+    #[test]
+    fn every_file_keeps_every_line_that_is_not_ours_and_is_itself_again_without_the_block() {
+        let seeds: [&[u8]; 4] = [
+            b"127.0.0.1 localhost\n::1 localhost ip6-localhost\n# comment\n10.0.0.9 Catalog # c\n",
+            b"127.0.0.1 localhost\n# BEGIN mesh-redirect: removed\n127.66.1.2\tcatalog\n# END mesh-redirect\n10.0.0.1 x\n",
+            b"a b\n# BEGIN mesh-redirect after a line without an end: x\n127.66.1.1 n\n# END mesh-redirect\n",
+            b"10.0.0.1 a",
+        ];
+        let words = [
+            BEGIN,
+            BEGIN_UNENDED,
+            BEGIN_LINE,
+            END_LINE,
+            "# BEGIN mesh-",
+            OURS,
+            "127.66.1.1 n\n",
+            "\n",
+            "\n\n",
+            "#",
+            "mail",
+        ];
+        fuzz::damaged!(seeds, words, |input: &[u8]| {
+            let clean = without(input);
+            assert_eq!(without(&clean), clean, "nothing is left to remove");
+            assert!(
+                lines_of_others(input).eq(lines_of_others(&clean)),
+                "{}",
+                String::from_utf8_lossy(&clean)
+            );
+            let (text, left) = with(input, &names());
+            assert!(text.starts_with(&clean));
+            assert_eq!(without(&text), clean);
+            assert_eq!(with(&text, &names()), (text, left), "writing it again changes nothing");
+        });
+    }
+
+    /// Lines that no block of ours can have, without their ends.
+    fn lines_of_others(text: &[u8]) -> impl Iterator<Item = &[u8]> {
+        let ours = [BEGIN, END_LINE, OURS];
+        let lines = text.split(|&byte| byte == b'\n').filter(|line| !line.is_empty());
+        lines.filter(move |line| !ours.iter().any(|ours| line.starts_with(ours.as_bytes())))
     }
 }

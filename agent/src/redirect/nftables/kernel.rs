@@ -78,10 +78,7 @@ impl Kernel {
             &[(NFTA_TABLE, TABLE), (NFTA_RULE_CHAIN, OUTPUT)],
         )?;
         let of_ours = |rule: &&Attributes| is_ours(rule) && name(rule, NFTA_RULE_CHAIN) == OUTPUT;
-        let first = rules.iter().find(of_ours);
-        // A comment: its kind, its length, its text with a NUL.
-        let comment = first.and_then(|rule| rule.get(&NFTA_RULE_USERDATA)).and_then(|data| data.get(2..));
-        Ok(comment.map(until_nul))
+        Ok(rules.iter().find(of_ours).and_then(comment))
     }
 
     /// What is in the table.
@@ -98,12 +95,7 @@ impl Kernel {
     /// How many packets each counter has seen.
     pub(super) fn counters(&self) -> Result<BTreeMap<String, u64>, Error> {
         let objects = self.dump(libc::NFT_MSG_GETOBJ, NFPROTO_INET, &[(NFTA_TABLE, TABLE)])?;
-        let counters = objects.iter().filter(|object| is_ours(object)).filter_map(|object| {
-            let data = attributes(object.get(&NFTA_OBJ_DATA)?);
-            let packets = data.get(&NFTA_COUNTER_PACKETS)?.as_slice().try_into().ok()?;
-            Some((name(object, NFTA_OBJ_NAME), u64::from_be_bytes(packets)))
-        });
-        Ok(counters.collect())
+        Ok(objects.iter().filter(|object| is_ours(object)).filter_map(counter).collect())
     }
 
     /// Tables of others' that translate addresses, as `FAMILY TABLE`.
@@ -172,6 +164,18 @@ fn is_ours(attributes: &Attributes) -> bool {
     name(attributes, NFTA_TABLE) == TABLE
 }
 
+/// A counter's name, and how many packets it has seen.
+fn counter(object: &Attributes) -> Option<(String, u64)> {
+    let data = attributes(object.get(&NFTA_OBJ_DATA)?);
+    let packets = data.get(&NFTA_COUNTER_PACKETS)?.as_slice().try_into().ok()?;
+    Some((name(object, NFTA_OBJ_NAME), u64::from_be_bytes(packets)))
+}
+
+/// A rule's comment: its kind, its length, its text with a NUL.
+fn comment(rule: &Attributes) -> Option<String> {
+    rule.get(&NFTA_RULE_USERDATA)?.get(2..).map(until_nul)
+}
+
 fn names(found: &[Attributes], attribute: u16) -> BTreeSet<String> {
     found.iter().filter(|found| is_ours(found)).map(|found| name(found, attribute)).collect()
 }
@@ -182,4 +186,26 @@ fn name(attributes: &Attributes, attribute: u16) -> String {
 
 fn until_nul(bytes: &[u8]) -> String {
     String::from_utf8_lossy(bytes.split(|&byte| byte == 0).next().unwrap_or_default()).into_owned()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::netlink::nested;
+
+    #[test]
+    fn whatever_is_in_the_table_only_what_is_ours_is_read_of_it() {
+        let table = attribute(NFTA_TABLE, b"mesh_redirect\0");
+        let packets = nested(NFTA_OBJ_DATA, &[attribute(NFTA_COUNTER_PACKETS, &7_u64.to_be_bytes())]);
+        let object = [table.clone(), attribute(NFTA_OBJ_NAME, b"shop_steered\0"), packets].concat();
+        let rule = [table, attribute(NFTA_RULE_USERDATA, b"\0\x05abcd\0")].concat();
+        assert_eq!(counter(&attributes(&object)), Some(("shop_steered".to_owned(), 7)));
+        assert_eq!(comment(&attributes(&rule)).as_deref(), Some("abcd"));
+        fuzz::damaged!([&object[..], &rule], ["\x0c\0\x02\0", "\0", "mesh_redirect"], |input: &[u8]| {
+            let found = attributes(input);
+            let said = [counter(&found).map(|(name, _)| name), comment(&found)];
+            assert!(said.into_iter().flatten().all(|text| !text.contains('\0')));
+            assert!(names(&[found], NFTA_OBJ_NAME).len() <= 1);
+        });
+    }
 }

@@ -284,3 +284,41 @@ fn nothing_that_is_sent_makes_it_panic() {
         is_answer(&bytes, &seeds[0]);
     }
 }
+
+#[test]
+fn whatever_is_asked_the_answer_is_one_to_it_and_fits() {
+    let mut edns = message("catalog.internal", RecordType::AAAA);
+    edns.set_edns(Edns::new());
+    let address = addresses().of("catalog").unwrap();
+    let seeds = [
+        query("catalog", RecordType::A),
+        edns.to_vec().unwrap(),
+        query("_8443._https.a_b.x", RecordType::HTTPS),
+        query(&Name::from(IpAddr::from(address.ipv4())).to_ascii(), RecordType::PTR),
+        query("example.com", RecordType::MX),
+    ];
+    let seeds = seeds.each_ref().map(Vec::as_slice);
+    let words = ["\x07catalog", "\0", "\u{c}", "\0\x01", "\0\u{1c}", "\0\x29", "\x04arpa", "\x7f", "_"];
+    fuzz::damaged!(seeds, words, |query: &[u8]| {
+        let is_query = Head::of(query).is_some_and(|head| !head.is_response);
+        for (transport, limit) in [(Transport::Udp, 512), (Transport::Tcp, usize::from(u16::MAX))] {
+            match decide(query, &addresses(), transport) {
+                Decision::Drop => assert!(!is_query),
+                Decision::Forward => assert!(is_query),
+                Decision::Malformed(answer) => {
+                    assert!(is_query && answer[2] & 0x80 != 0 && id(&answer) == id(query));
+                    assert_eq!(answer.len(), HEADER);
+                }
+                Decision::Answer(answer) => {
+                    let asked = Message::from_vec(query).unwrap();
+                    assert!(is_query && answer.len() <= limit.max(usize::from(asked.max_payload())));
+                    assert!(is_answer(&answer, query));
+                    Message::from_vec(&answer).unwrap();
+                }
+            }
+        }
+        assert!(!is_query || !is_answer(query, query));
+        let error = error(query, ResponseCode::ServFail);
+        assert!(error.len() >= HEADER && error[2] & 0x80 != 0 && error[3] & 0xf == 2);
+    });
+}

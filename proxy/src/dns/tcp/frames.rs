@@ -98,4 +98,26 @@ mod tests {
         assert_eq!(written, b"\x00\x03abc");
         write(&mut written, &vec![0; MAX_MESSAGE + 1], Duration::from_secs(1)).await.unwrap_err();
     }
+
+    #[test]
+    fn messages_are_what_was_framed_wherever_the_stream_is_cut() {
+        let seeds: [&[u8]; 2] = [b"\x00\x03abc\x00\x00\x00\x01d", b"\xff\xff"];
+        fuzz::damaged!(seeds, ["\0\0", "\0\x01", "\0\x05"], |input: &[u8]| {
+            let runtime = tokio::runtime::Builder::new_current_thread().build().unwrap();
+            let read = |cut: usize| {
+                let mut frames =
+                    Frames::new(tokio::io::AsyncReadExt::chain(&input[..cut], &input[cut..]), 64);
+                let mut messages = Vec::new();
+                while let Ok(Some(message)) = runtime.block_on(frames.next()) {
+                    messages.push(message);
+                }
+                messages
+            };
+            let whole = read(0);
+            assert_eq!(read(input.len() / 2), whole);
+            let framed = |message: &Vec<u8>| [&(message.len() as u16).to_be_bytes()[..], message].concat();
+            assert!(input.starts_with(&whole.iter().flat_map(framed).collect::<Vec<u8>>()));
+            assert!(whole.iter().all(|message| message.len() <= 64));
+        });
+    }
 }
