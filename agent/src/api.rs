@@ -5,6 +5,7 @@
 //! | `GET /v1/status` | [`Status`] |
 //! | `POST /v1/enable` with [`Change`] | [`Changed`] |
 //! | `POST /v1/disable` with [`Change`] | [`Changed`] |
+//! | `POST /v1/reload`, or with [`Reload`] | [`Reloaded`]: the configuration was read anew |
 //! | `POST /v1/services/NAME/commands` | [`Joined`]: the calling process is in a steered cgroup of its own now |
 //! | `POST /v1/services/NAME/processes` with [`Process`] | [`Joined`]: it and its descendants are in a steered cgroup |
 //! | `POST /v1/services/NAME/cgroups`, or with [`Process`] | [`Joined`]: the cgroup of the calling process, or of that one, is steered as the service's now |
@@ -113,6 +114,25 @@ pub(crate) struct ChangedService {
     pub(crate) service: String,
     /// False where it was so already.
     pub(crate) changed: bool,
+}
+
+/// Read the configuration anew.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub(crate) struct Reload {
+    /// Whether nothing shall be done, only told.
+    pub(crate) dry_run: bool,
+}
+
+/// The configuration was read anew, or would be.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct Reloaded {
+    /// False of a dry run.
+    pub(crate) reloaded: bool,
+    /// What was, or would be, added (`+`) and removed (`-`); empty where nothing differs.
+    pub(crate) difference: String,
+    /// What the user should know.
+    pub(crate) notes: Vec<String>,
 }
 
 /// A process that shall be steered, with its descendants or with its cgroup.

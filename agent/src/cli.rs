@@ -35,6 +35,13 @@ pub(crate) enum Command {
         #[command(flatten)]
         change: Change,
     },
+    /// Have the daemon read its configuration anew: all of it takes effect, or nothing changes; shows what was added and
+    /// removed
+    Reload {
+        /// Do nothing; show what would be added and removed
+        #[arg(long)]
+        dry_run: bool,
+    },
     /// Show what is steered, since when and how much
     Status,
     /// Run a command with its connections steered as a service's

@@ -3,13 +3,13 @@
 use crate::{
     api, attach, check, cleanup,
     cli::{self, Attach, Cli, Command},
-    client,
+    client::{self, ClientError},
     config::{Config, ConfigError, check_name},
     explain,
     output::Output,
     present, ready, run,
 };
-use anyhow::{Context as _, bail};
+use anyhow::{Context as _, anyhow, bail};
 use nix::unistd::geteuid;
 use serde::Serialize;
 use std::{ffi::OsString, os::unix::process::CommandExt as _, process::ExitCode};
@@ -46,6 +46,7 @@ fn execute(cli: Cli, output: Output) -> anyhow::Result<ExitCode> {
         Command::Disable { change } => {
             self::change(&config, "/v1/disable", "disabled", change, false, output)?;
         }
+        Command::Reload { dry_run } => reload(&config, dry_run, output)?,
         Command::Status => status(&config, output)?,
         Command::Exec { service, command } => exec(&config, &service, &command, output)?,
         Command::Adopt { service, pid } => adopt(&config, &service, pid, output)?,
@@ -81,6 +82,19 @@ fn change(
     let change = api::Change { services, all_matching, observe, dry_run };
     let changed: api::Changed = client::post(&config.paths.run, path, Some(&change))?;
     Ok(output.result(&changed, |changed| present::changed(verb, changed))?)
+}
+
+fn reload(config: &Config, dry_run: bool, output: Output) -> anyhow::Result<()> {
+    let reload = api::Reload { dry_run };
+    let reloaded: api::Reloaded =
+        client::post(&config.paths.run, "/v1/reload", Some(&reload)).map_err(|error| match error {
+            // The file is where the daemon is looked for, and may have changed.
+            ClientError::Absent { .. } => {
+                anyhow!("{error}. One that was started with another paths.run has to be restarted")
+            }
+            _ => error.into(),
+        })?;
+    Ok(output.result(&reloaded, present::reloaded)?)
 }
 
 fn status(config: &Config, output: Output) -> anyhow::Result<()> {

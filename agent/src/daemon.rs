@@ -2,10 +2,11 @@
 
 mod change;
 mod processes;
+mod reload;
 
 use crate::{
     api,
-    config::Config,
+    config::{self, Config, ConfigError},
     lock,
     mode::{self, Mode},
     origins, plan, probe,
@@ -32,6 +33,8 @@ pub(crate) enum Request {
     Status(Reply<api::Status>),
     Enable(api::Change, Reply<api::Changed>),
     Disable(api::Change, Reply<api::Changed>),
+    /// Read the configuration anew.
+    Reload(api::Reload, Reply<api::Reloaded>),
     /// Steer a process as a service, in a cgroup of its own.
     Join(String, i32, Reply<api::Joined>),
     /// Steer a process that runs, and its descendants, likewise.
@@ -42,8 +45,8 @@ pub(crate) enum Request {
     AttachProxy(i32, Reply<api::Joined>),
     /// What the proxy can route, which has changed.
     Routable(Routable),
-    /// Whether the proxy is ready.
-    Proxy(Ready),
+    /// Whether a proxy is ready, which was the configured one when it was asked.
+    Proxy(config::Proxy, Ready),
     Stop,
 }
 
@@ -72,6 +75,19 @@ pub(crate) enum Error {
     #[error("service `{0}` is not enabled; `mesh-redirect enable {0}` does it")]
     NotEnabled(String),
     #[error(transparent)]
+    Config(#[from] ConfigError),
+    /// What a daemon has for its life.
+    #[error("{0}")]
+    Fixed(String),
+    #[error("{0}; it is enabled: correct the file, or `mesh-redirect disable` it first")]
+    Lost(Unknown),
+    #[error("the configuration was not taken over: {cause}; {}", held(.back))]
+    NotReloaded {
+        cause: Box<Error>,
+        /// Why what held before does not hold again yet.
+        back: Option<Box<Error>>,
+    },
+    #[error(transparent)]
     Plan(#[from] plan::PlanError),
     #[error(transparent)]
     Mode(#[from] mode::Impossible),
@@ -83,6 +99,13 @@ pub(crate) enum Error {
     Lock(#[from] lock::LockError),
     #[error("{action} {path}: {cause}", path = .path.display())]
     Io { action: &'static str, path: PathBuf, cause: io::Error },
+}
+
+fn held(back: &Option<Box<Error>>) -> String {
+    match back {
+        None => "nothing has changed".to_owned(),
+        Some(error) => format!("going back failed too, and is tried again every second: {error}"),
+    }
 }
 
 /// See the module.
@@ -103,6 +126,8 @@ pub(crate) struct Daemon {
     proxy_ready: Ready,
     /// Where it is published what is enabled.
     origins: Sender<origins::Snapshot>,
+    /// And which proxy is to be watched, and for what.
+    watched: Sender<watch::Target>,
     commands: u64,
 }
 
@@ -113,6 +138,7 @@ impl Daemon {
         config_file: Option<PathBuf>,
         workloads: Workloads,
         origins: Sender<origins::Snapshot>,
+        watched: Sender<watch::Target>,
     ) -> Result<Self, Error> {
         let file = StateFile::new(&config.paths.state);
         let mut state = file.load()?;
@@ -130,6 +156,7 @@ impl Daemon {
             pending: None,
             proxy_ready: Ready::default(),
             origins,
+            watched,
             config,
             config_file,
             file,
@@ -158,12 +185,15 @@ impl Daemon {
                 Ok(Request::Status(reply)) => answer(reply, self.status()),
                 Ok(Request::Enable(change, reply)) => answer(reply, self.enable(&change)),
                 Ok(Request::Disable(change, reply)) => answer(reply, self.disable(&change)),
+                Ok(Request::Reload(reload, reply)) => answer(reply, self.reload(reload)),
                 Ok(Request::Join(name, pid, reply)) => answer(reply, self.join(&name, pid)),
                 Ok(Request::Adopt(name, pid, reply)) => answer(reply, self.adopt(&name, pid)),
                 Ok(Request::Attach(name, pid, reply)) => answer(reply, self.attach(&name, pid)),
                 Ok(Request::Routable(routable)) => self.hear_of_routable(routable),
                 Ok(Request::AttachProxy(pid, reply)) => answer(reply, self.attach_proxy(pid)),
-                Ok(Request::Proxy(ready)) => self.hear_of_proxy(ready),
+                // What was said of another one than is configured now says nothing any more.
+                Ok(Request::Proxy(proxy, ready)) if proxy == self.config.proxy => self.hear_of_proxy(ready),
+                Ok(Request::Proxy(..)) => {}
                 Ok(Request::Stop) | Err(RecvTimeoutError::Disconnected) => return,
                 Err(RecvTimeoutError::Timeout) => {}
             }
@@ -216,7 +246,12 @@ impl Daemon {
             self.pending = (!is_impossible).then_some(routable);
             return;
         }
-        if let Err(error) = routable.save(&self.config.paths.state) {
+        self.keep_routable();
+    }
+
+    /// Whoever starts after this process knows it while the proxy is away.
+    fn keep_routable(&self) {
+        if let Err(error) = self.compiled.routable().save(&self.config.paths.state) {
             tracing::warn!("keep what the proxy can route: {error}");
         }
     }
@@ -262,12 +297,16 @@ impl Daemon {
             return Err(error);
         }
         self.state = next;
+        self.ask_proxy();
+        Ok(())
+    }
+
+    /// What is steered now shall not wait for the next time that the proxy is asked.
+    fn ask_proxy(&mut self) {
         if self.mode != Mode::Ebpf {
-            // What is enabled now shall not wait for the next time that the proxy is asked.
             let ready = watch::is_ready(&self.config.proxy, &mut self.workloads);
             self.hear_of_proxy(ready);
         }
-        Ok(())
     }
 
     /// What is desired is looked up under the lock, and anew where a service is attached to a cgroup that it is not known

@@ -1,7 +1,7 @@
 //! From what is configured and enabled to what the kernel shall do.
 
 use crate::{
-    config::{Config, Policy, Scope},
+    config::{self, Config, Policy, Scope},
     redirect::{Desired, Service},
     routable::Routable,
     rules::{self, TooManyRanges},
@@ -21,8 +21,7 @@ pub(crate) enum PlanError {
     Units(io::Error),
 }
 
-/// Policies that were compiled already, for what the proxy can route. The configuration stays the same as long as a
-/// process.
+/// Policies that were compiled already, for what the proxy can route.
 #[derive(Debug, Default)]
 pub(crate) struct Compiled {
     routable: Routable,
@@ -47,6 +46,19 @@ impl Compiled {
             }
         }
         compiled
+    }
+
+    /// What the proxy can route.
+    pub(crate) fn routable(&self) -> &Routable {
+        &self.routable
+    }
+
+    /// Compiles every policy that a configuration has for a service.
+    pub(crate) fn compile_all(&mut self, config: &Config) -> Result<(), PlanError> {
+        for (service, config::Service { policy, .. }) in &config.services {
+            self.get(policy).map_err(|cause| PlanError::Policy { service: service.clone(), cause })?;
+        }
+        Ok(())
     }
 
     fn get(&mut self, policy: &Policy) -> Result<Arc<[rules::Entry]>, TooManyRanges> {

@@ -120,6 +120,18 @@ pub(crate) fn changed(verb: &str, changed: &api::Changed) -> String {
     text + &notes("", &changed.notes) + changed.difference.as_deref().unwrap_or_default()
 }
 
+/// The outcome of `reload`.
+pub(crate) fn reloaded(reloaded: &api::Reloaded) -> String {
+    let api::Reloaded { reloaded, difference, notes } = reloaded;
+    let said = match (reloaded, difference.is_empty()) {
+        (true, true) => "the configuration was read anew; nothing of kernel and host has changed\n",
+        (true, false) => "the configuration was read anew, and this has changed:\n",
+        (false, true) => "nothing of kernel and host would change\n",
+        (false, false) => "this would change:\n",
+    };
+    self::notes("", notes) + said + difference
+}
+
 /// What the user should know.
 pub(crate) fn notes(prefix: &str, notes: &[String]) -> String {
     notes.iter().map(|note| format!("{prefix}note: {note}\n")).collect()

@@ -108,6 +108,15 @@ impl Redirect {
         }
     }
 
+    /// Goes on with a proxy that says elsewhere whether it is ready.
+    pub(crate) fn set_proxy_admin(&mut self, admin: SocketAddr) {
+        match self {
+            Self::Ebpf(ebpf) => ebpf.set_proxy_admin(admin),
+            Self::Nftables(_) => {}
+            Self::Hosts(hosts) => hosts.set_proxy_admin(admin),
+        }
+    }
+
     /// Says whether the proxy is ready, to modes in which the kernel does not see for itself.
     pub(crate) fn keep_alive(&mut self, ready: Ready) -> Result<(), Error> {
         match self {

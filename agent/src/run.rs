@@ -1,13 +1,15 @@
 //! The daemon's process: its threads, its sockets and its end.
 
 use crate::{
+    api,
     config::Config,
     confine,
     daemon::{Daemon, Request},
     http, lock,
     mode::Mode,
     origins::{self, Snapshot, server::OriginsServer},
-    probe, server, watch,
+    probe, server,
+    watch::{self, Target},
     workload::Workloads,
 };
 use anyhow::{Context as _, bail};
@@ -17,39 +19,40 @@ use std::{
     sync::mpsc,
     thread,
 };
-use tokio::signal::unix::{SignalKind, signal};
+use tokio::{
+    signal::unix::{Signal, SignalKind, signal},
+    sync::oneshot,
+};
 
 /// Runs it until it is told to stop.
 pub(crate) fn run(config: Config, file: Option<PathBuf>) -> anyhow::Result<()> {
-    let (paths, proxy) = (config.paths.clone(), config.proxy.clone());
-    let follows_routable = config.follows_routable();
+    let paths = config.paths.clone();
     let _only_one = lock::daemon(&paths.run)?;
     let cgroup_root = probe::cgroup2_mount()?;
     let (published, snapshots) = tokio::sync::watch::channel(Snapshot::default());
-    let daemon = Daemon::start(config, file, Workloads::new(cgroup_root.clone()), published)?;
+    let (watched, targets) = tokio::sync::watch::channel(Target::from(&config));
+    let daemon = Daemon::start(config, file, Workloads::new(cgroup_root.clone()), published, watched)?;
     let mode = daemon.mode();
     // Before there is a second thread, which would not be confined by it.
     confine::daemon(&paths, mode, &cgroup_root)?;
     let (requests, received) = mpsc::channel();
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     if mode != Mode::Ebpf {
-        let cgroup_root = cgroup_root.clone();
-        let (tell, proxy) = (requests.clone(), proxy.clone());
+        let (tell, targets, workloads) =
+            (requests.clone(), targets.clone(), Workloads::new(cgroup_root.clone()));
         let watch = move || {
-            watch::proxy(&proxy, Workloads::new(cgroup_root), |ready| {
-                tell.send(Request::Proxy(ready)).is_ok()
-            });
+            watch::proxy(&targets, workloads, |proxy, ready| tell.send(Request::Proxy(proxy, ready)).is_ok());
         };
         thread::Builder::new().name("watch".to_owned()).spawn(watch)?;
     }
-    if follows_routable {
-        let (tell, proxy, workloads) = (requests.clone(), proxy.clone(), Workloads::new(cgroup_root.clone()));
-        let watch = move || {
-            watch::routable(&proxy, workloads, |routable| tell.send(Request::Routable(routable)).is_ok());
-        };
-        thread::Builder::new().name("routable".to_owned()).spawn(watch)?;
-    }
+    let (tell, workloads, handle) =
+        (requests.clone(), Workloads::new(cgroup_root.clone()), runtime.handle().clone());
+    let watch = move || {
+        let tell = |routable| tell.send(Request::Routable(routable)).is_ok();
+        watch::routable(targets, &handle, workloads, tell);
+    };
+    thread::Builder::new().name("routable".to_owned()).spawn(watch)?;
     let mind = thread::Builder::new().name("daemon".to_owned()).spawn(move || daemon.run(&received))?;
-    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     runtime.block_on(async {
         let origins = origins_server(mode, &paths.run, snapshots, Workloads::new(cgroup_root));
         serve_until_told_to_stop(&paths.run, requests.clone(), origins).await
@@ -82,6 +85,18 @@ fn origins_server(
         .ok()
 }
 
+/// Whoever sends a signal gets no answer; what comes of it is in the log.
+async fn reload_on(mut hangup: Signal, requests: mpsc::Sender<Request>) {
+    while hangup.recv().await.is_some() {
+        let (reply, reloaded) = oneshot::channel();
+        if requests.send(Request::Reload(api::Reload::default(), reply)).is_err() {
+            break;
+        }
+        let _logged_already = reloaded.await;
+    }
+    future::pending::<()>().await;
+}
+
 async fn serve_until_told_to_stop(
     run: &Path,
     requests: mpsc::Sender<Request>,
@@ -90,6 +105,7 @@ async fn serve_until_told_to_stop(
     let socket = run.join("agent.sock");
     let listener = http::bind(&socket).with_context(|| format!("bind {}", socket.display()))?;
     let (mut terminate, mut interrupt) = (signal(SignalKind::terminate())?, signal(SignalKind::interrupt())?);
+    let hangup = signal(SignalKind::hangup())?;
     let serve_origins = async {
         match origins {
             Some(origins) => origins.serve().await,
@@ -100,7 +116,8 @@ async fn serve_until_told_to_stop(
     let _no_manager = sd_notify::notify(&[sd_notify::NotifyState::Ready]);
     tracing::info!(socket = %socket.display(), "ready");
     tokio::select! {
-        () = server::serve(listener, requests) => {}
+        () = server::serve(listener, requests.clone()) => {}
+        () = reload_on(hangup, requests) => {}
         () = serve_origins => {}
         _ = terminate.recv() => {}
         _ = interrupt.recv() => {}

@@ -95,6 +95,10 @@ async fn respond(
             Ok(change) => ask(requests, |reply| Request::Disable(change, reply)).await,
             Err(error) => refuse(StatusCode::BAD_REQUEST, &error),
         },
+        (&Method::POST, ["v1", "reload"]) => match read_or_default(body).await {
+            Ok(reload) => ask(requests, |reply| Request::Reload(reload, reply)).await,
+            Err(error) => refuse(StatusCode::BAD_REQUEST, &error),
+        },
         (&Method::POST, ["v1", "services", name, "commands"]) => match pid {
             Some(pid) => ask(requests, |reply| Request::Join((*name).to_owned(), pid, reply)).await,
             None => refuse(StatusCode::BAD_REQUEST, "the kernel does not tell who is calling"),
@@ -115,7 +119,7 @@ async fn respond(
         },
         (
             _,
-            ["v1", "status" | "enable" | "disable"]
+            ["v1", "status" | "enable" | "disable" | "reload"]
             | ["v1", "proxy", "cgroups"]
             | ["v1", "services", _, "commands" | "cgroups" | "processes"],
         ) => refuse(StatusCode::METHOD_NOT_ALLOWED, "this path does not know this method"),
@@ -129,6 +133,11 @@ async fn process(body: Incoming, caller: Option<i32>) -> Result<i32, String> {
         return caller.ok_or_else(|| "the kernel does not tell who is calling".to_owned());
     }
     read(body).await.map(|api::Process { pid }| pid.cast_signed())
+}
+
+/// What is said by saying nothing is the default.
+async fn read_or_default<T: DeserializeOwned + Default>(body: Incoming) -> Result<T, String> {
+    if body.is_end_stream() { Ok(T::default()) } else { read(body).await }
 }
 
 async fn read<T: DeserializeOwned>(body: Incoming) -> Result<T, String> {
@@ -154,10 +163,14 @@ async fn ask<T: Serialize>(
 
 fn status_of(error: &daemon::Error) -> StatusCode {
     match error {
-        daemon::Error::Unknown(_) | daemon::Error::NotEnabled(_) | daemon::Error::NoProcess(_) => {
-            StatusCode::NOT_FOUND
-        }
+        daemon::Error::Unknown(_)
+        | daemon::Error::Lost(_)
+        | daemon::Error::NotEnabled(_)
+        | daemon::Error::NoProcess(_) => StatusCode::NOT_FOUND,
+        daemon::Error::NotReloaded { cause, .. } => status_of(cause),
         daemon::Error::BadName(_)
+        | daemon::Error::Config(_)
+        | daemon::Error::Fixed(_)
         | daemon::Error::NoMatch { .. }
         | daemon::Error::BadPattern(_)
         | daemon::Error::Plan(PlanError::Policy { .. }) => StatusCode::BAD_REQUEST,

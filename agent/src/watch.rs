@@ -2,7 +2,7 @@
 //! it can route.
 
 use crate::{
-    config::Proxy,
+    config::{Config, Proxy},
     ready::{self, says_ready},
     redirect::Ready,
     routable::Routable,
@@ -10,6 +10,7 @@ use crate::{
     workload::Workloads,
 };
 use std::{collections::BTreeSet, io, net::IpAddr, thread, time::Duration};
+use tokio::{runtime::Handle, sync::watch::Receiver};
 
 /// How often it is asked.
 const ROUND: Duration = Duration::from_millis(250);
@@ -17,14 +18,40 @@ const ROUND: Duration = Duration::from_millis(250);
 /// How often it is asked what it can route.
 const ROUTABLE_ROUND: Duration = Duration::from_millis(500);
 
-/// Tells what the proxy can route whenever that has changed, until nobody wants to know. One that is away can route what
-/// it could before; a stranger at its admin address is not asked.
-pub(crate) fn routable(proxy: &Proxy, mut workloads: Workloads, mut tell: impl FnMut(Routable) -> bool) {
-    let admin = proxy.admin;
+/// Whom to ask, and for what. It changes with the configuration.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Target {
+    proxy: Proxy,
+    /// Whether what the proxy can route makes a difference to anything.
+    follows_routable: bool,
+}
+
+impl From<&Config> for Target {
+    fn from(config: &Config) -> Self {
+        Self { proxy: config.proxy.clone(), follows_routable: config.follows_routable() }
+    }
+}
+
+/// Tells what the proxy can route whenever that has changed, until nobody wants to know; waits while it makes no
+/// difference. One that is away can route what it could before; a stranger at its admin address is not asked.
+pub(crate) fn routable(
+    mut targets: Receiver<Target>,
+    runtime: &Handle,
+    mut workloads: Workloads,
+    mut tell: impl FnMut(Routable) -> bool,
+) {
     let mut known: Option<(Routable, String)> = None;
-    loop {
+    targets.mark_changed();
+    while let Ok(is_another) = targets.has_changed() {
+        if is_another {
+            let Ok(_) = runtime.block_on(targets.wait_for(|target| target.follows_routable)) else { return };
+            // Another proxy gives other tags, and what was told may have been forgotten.
+            known = None;
+        }
+        let proxy = targets.borrow().proxy.clone();
+        let admin = proxy.admin;
         let tag = known.as_ref().map(|(_, tag)| tag.as_str()).filter(|tag| !tag.is_empty());
-        match is_proxys(proxy, &mut workloads).then(|| ready::routable(admin, tag)) {
+        match is_proxys(&proxy, &mut workloads).then(|| ready::routable(admin, tag)) {
             Some(Ok(Some(said))) if known.as_ref().is_none_or(|(known, _)| *known != said.0) => {
                 if !tell(said.0.clone()) {
                     return;
@@ -38,6 +65,12 @@ pub(crate) fn routable(proxy: &Proxy, mut workloads: Workloads, mut tell: impl F
     }
 }
 
+/// What the proxy can route now, if it says so.
+pub(crate) fn routable_now(proxy: &Proxy, workloads: &mut Workloads) -> Option<Routable> {
+    let said = is_proxys(proxy, workloads).then(|| ready::routable(proxy.admin, None))?;
+    said.ok()?.map(|(routable, _)| routable)
+}
+
 /// Whether whoever listens at the admin address does so in the proxy's cgroup.
 fn is_proxys(proxy: &Proxy, workloads: &mut Workloads) -> bool {
     let Some(cgroup) = workloads.cgroup(&proxy.scope) else { return false };
@@ -45,9 +78,18 @@ fn is_proxys(proxy: &Proxy, workloads: &mut Workloads) -> bool {
     listens[usize::from(proxy.admin.is_ipv6())]
 }
 
-/// Tells whether the proxy is ready, until nobody wants to know.
-pub(crate) fn proxy(proxy: &Proxy, mut workloads: Workloads, mut tell: impl FnMut(Ready) -> bool) {
-    while tell(is_ready(proxy, &mut workloads)) {
+/// Tells whether the proxy is ready, and which one, until nobody wants to know.
+pub(crate) fn proxy(
+    targets: &Receiver<Target>,
+    mut workloads: Workloads,
+    mut tell: impl FnMut(Proxy, Ready) -> bool,
+) {
+    loop {
+        let proxy = targets.borrow().proxy.clone();
+        let ready = is_ready(&proxy, &mut workloads);
+        if !tell(proxy, ready) {
+            return;
+        }
         thread::sleep(ROUND);
     }
 }

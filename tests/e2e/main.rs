@@ -75,6 +75,7 @@ mod maps;
 mod names;
 mod nftables;
 mod origins;
+mod reload;
 mod routable;
 mod scope;
 mod systemd;

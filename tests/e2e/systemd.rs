@@ -35,6 +35,26 @@ mod a_unit_that_is_restarted_fifty_times_never_escapes {
     }
 }
 
+/// Every systemd has its own way with a unit that says when it has reloaded.
+mod a_reload_moves_the_step_before_a_start_with_the_unit {
+    use super::{Mode, Release, Sandbox, reload_with_another_unit};
+
+    #[test]
+    fn on_systemd_247() {
+        reload_with_another_unit(&Sandbox::new("reloaded_on_systemd_247", Mode::Ebpf), Release::Bullseye);
+    }
+
+    #[test]
+    fn on_systemd_252() {
+        reload_with_another_unit(&Sandbox::new("reloaded_on_systemd_252", Mode::Ebpf), Release::Bookworm);
+    }
+
+    #[test]
+    fn on_systemd_257() {
+        reload_with_another_unit(&Sandbox::new("reloaded_on_systemd_257", Mode::Ebpf), Release::Trixie);
+    }
+}
+
 /// A unit that never heard of the mesh: it connects as soon as it is started, and then over and over.
 const SHOP: &str = "\
 [Service]
@@ -102,6 +122,50 @@ fn restart_fifty_times(sandbox: &Sandbox, release: Release) {
     let served = |by: &str| said.lines().filter(|line| *line == format!("10.77.0.10:8080 {by}")).count();
     assert_eq!((served("a") + served("b"), served("origin")), (2 * RESTARTS, 0), "{said}");
     assert_eq!(shop.origin.requests(), direct);
+}
+
+/// Which units have our step, and how the agent's own unit is.
+const STEPS: &str = "ls /etc/systemd/system/*.service.d/50-mesh-redirect.conf";
+const AGENT: &str = "systemctl show --property=ActiveState,SubState --value mesh-redirect";
+
+fn reload_with_another_unit(sandbox: &Sandbox, release: Release) {
+    let shop = Shop::on(sandbox, release);
+    let root = shop.machine.root();
+    let configure = |unit: &str| {
+        let yaml = format!("services: {{ web: {{ unit: {unit} }} }}\n");
+        root.write("etc/mesh-redirect/agent.yaml", &yaml);
+    };
+    root.write("etc/systemd/system/other.service", SHOP);
+    shop.install();
+    configure("shop.service");
+    shop.run("systemctl reload mesh-redirect && mesh-redirect enable web");
+    shop.is_steered();
+    assert_eq!(shop.run(STEPS), "/etc/systemd/system/shop.service.d/50-mesh-redirect.conf");
+
+    configure("other.service");
+    shop.run("systemctl reload mesh-redirect");
+    assert_eq!(shop.run(STEPS), "/etc/systemd/system/other.service.d/50-mesh-redirect.conf");
+    assert_eq!(shop.run(AGENT), "active\nrunning");
+    shop.connects_directly();
+    shop.run("systemctl stop shop");
+    shop.is_steered_throughout("systemctl start other");
+
+    for bad in ["other", "nobody.service"] {
+        configure(bad);
+        let refused = shop.machine.run("systemctl reload mesh-redirect");
+        assert!(!refused.succeeded(), "{refused:?}");
+        assert_eq!(shop.run(AGENT), "active\nrunning");
+    }
+    let refusals = || {
+        let log = shop.run("journalctl --unit mesh-redirect --output cat");
+        log.matches("there is no unit nobody.service").count()
+    };
+    let before = refusals();
+    shop.run("systemctl kill --signal=HUP mesh-redirect");
+    eventually("the signal was answered in the log", SOON, || refusals() > before);
+    configure("other.service");
+    shop.is_steered();
+    assert_eq!(shop.run(AGENT), "active\nrunning");
 }
 
 /// As a container runtime or a hardened host refuses it to the daemon, and to the step before a unit's start.

@@ -166,6 +166,18 @@ services:
         Self::command(self.sandbox, &["disable", service]).ok();
     }
 
+    /// Writes another agent.yaml and has the daemon read it; says what `reload` did.
+    #[track_caller]
+    pub fn reload(&self, settings: &str) -> Finished {
+        Self::configure(self.sandbox, settings);
+        Self::command(self.sandbox, &["reload"])
+    }
+
+    /// The signal that stands for it.
+    pub fn hang_up(&self) {
+        self.process.signal(Signal::SIGHUP);
+    }
+
     /// `status --json`
     #[track_caller]
     pub fn status(&self) -> Status {

@@ -242,8 +242,12 @@ fn is_sound(config: &Config) {
     config.services.keys().for_each(|name| check_name(name).unwrap());
     let policies = config.services.values().map(|service| &service.policy).chain([&config.defaults]);
     for capture in policies.flat_map(|policy| policy.include.iter().chain(&*policy.exclude)) {
-        assert!(capture.ports.iter().all(|ports| ports.first > 0 && ports.first <= ports.last), "{capture}");
-        if let Destinations::Block(block) = capture.destinations {
+        assert!(
+            capture.value.ports.iter().all(|ports| ports.first > 0 && ports.first <= ports.last),
+            "{}",
+            capture.value
+        );
+        if let Destinations::Block(block) = capture.value.destinations {
             assert_eq!(block.addr(), block.network());
         }
     }

@@ -91,13 +91,11 @@ impl Daemon {
     fn difference(&mut self, next: &State) -> Result<String, Error> {
         let before = self.described(&self.state.clone())?;
         let after = self.described(next)?;
-        let difference = TextDiff::from_lines(&before, &after);
-        let changes = difference.iter_all_changes().filter(|change| change.tag() != ChangeTag::Equal);
-        Ok(changes.map(|change| format!("{}{}", change.tag(), change.value())).collect())
+        Ok(difference(&before, &after))
     }
 
     /// Everything that a state makes of kernel and host.
-    fn described(&mut self, state: &State) -> Result<String, Error> {
+    pub(super) fn described(&mut self, state: &State) -> Result<String, Error> {
         let desired = plan::everything(&self.config, state, &mut self.workloads, &mut self.compiled)?;
         let mut text = self.redirect.describe(&desired);
         for (name, _) in state.iter().filter(|(_, entry)| entry.enabled) {
@@ -112,6 +110,23 @@ impl Daemon {
             text.extend(content.lines().map(|line| format!("\t{line}\n")));
         }
         Ok(text)
+    }
+
+    /// Makes the files that run us before units' and containers' starts as they shall be; those of `former` steps go that
+    /// are no longer wanted.
+    pub(super) fn settle_files(&self, former: &[DropIn]) -> Result<(), Error> {
+        let wanted = self.drop_ins();
+        let is_wanted = |unit: &str| wanted.iter().any(|drop_in| drop_in.unit == unit);
+        let units = former.iter().map(|drop_in| drop_in.unit.as_str());
+        systemd::remove_drop_ins(units.filter(|unit| !is_wanted(unit))).map_err(drop_in_error("remove"))?;
+        systemd::write_drop_ins(&wanted, self.config_file.as_deref()).map_err(drop_in_error("write"))?;
+        self.register_hook().map_err(hook_error("write"))
+    }
+
+    /// The steps before the starts of enabled services' units.
+    pub(super) fn drop_ins(&self) -> Vec<DropIn> {
+        let enabled = self.state.iter().filter(|(_, entry)| entry.enabled);
+        enabled.filter_map(|(name, _)| self.drop_in(name, &Workloads::scope(&self.config, name))).collect()
     }
 
     fn hook(&self) -> Hook<'_> {
@@ -137,14 +152,20 @@ impl Daemon {
 
     /// The configuration may have changed since services were enabled.
     pub(super) fn find_containers(&mut self) -> Result<(), Error> {
+        let next = self.with_containers();
+        self.file.save(&next)?;
+        self.state = next;
+        Ok(())
+    }
+
+    /// The state, with the containers that enabled services are by the configuration.
+    pub(super) fn with_containers(&mut self) -> State {
         let mut next = self.state.clone();
         for (name, _) in self.state.clone().iter().filter(|(_, entry)| entry.enabled) {
             let container = self.container(name, &Workloads::scope(&self.config, name));
             next.set_container(name, container);
         }
-        self.file.save(&next)?;
-        self.state = next;
-        Ok(())
+        next
     }
 
     fn drop_in(&self, service: &str, scope: &Scope) -> Option<DropIn> {
@@ -181,6 +202,13 @@ impl Daemon {
             "this host's resolver is {resolver}: queries to it are not captured, and those it sends on are its own"
         ))
     }
+}
+
+/// What differs between two texts, line by line.
+pub(super) fn difference(before: &str, after: &str) -> String {
+    let difference = TextDiff::from_lines(before, after);
+    let changes = difference.iter_all_changes().filter(|change| change.tag() != ChangeTag::Equal);
+    changes.map(|change| format!("{}{}", change.tag(), change.value())).collect()
 }
 
 fn drop_in_error(action: &'static str) -> impl Fn(io::Error) -> Error {

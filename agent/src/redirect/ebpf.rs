@@ -59,6 +59,11 @@ impl Ebpf {
         }
     }
 
+    /// See [`super::Redirect::set_proxy_admin`].
+    pub(crate) fn set_proxy_admin(&mut self, admin: SocketAddr) {
+        self.proxy_admin = admin;
+    }
+
     /// Makes the kernel steer what is desired and nothing else.
     ///
     /// May be repeated, and goes on from wherever an earlier call was killed. Cgroups that vanished meanwhile are not

@@ -51,6 +51,11 @@ impl Hosts {
         Self { file, proxy_admin, wanted: false, closed: false, left: BTreeSet::new() }
     }
 
+    /// See [`super::Redirect::set_proxy_admin`].
+    pub(crate) fn set_proxy_admin(&mut self, admin: SocketAddr) {
+        self.proxy_admin = admin;
+    }
+
     /// Takes note of what is desired; the names come with the proxy.
     pub(crate) fn apply(&mut self, desired: &Desired) -> Result<(), Error> {
         let steered: Vec<_> = desired.services.iter().filter(|service| !service.observe).collect();

@@ -13,7 +13,7 @@ use agent_ebpf::Counters;
 use kernel::Kernel;
 use ruleset::{COUNTERS, Ruleset, counter};
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, BTreeSet},
     io,
     path::{Path, PathBuf},
     time::Duration,
@@ -50,7 +50,8 @@ fn hint(error: &io::Error) -> &'static str {
 #[derive(Debug)]
 pub(crate) struct Nftables {
     cgroup_root: PathBuf,
-    proxy_port: u16,
+    /// Where the proxy listens, and where it did while this process lived.
+    proxy_ports: BTreeSet<u16>,
     /// Kept open: to close it, the kernel waits until everybody has seen the last transaction.
     kernel: Option<Kernel>,
     /// What was committed last.
@@ -60,7 +61,7 @@ pub(crate) struct Nftables {
 impl Nftables {
     /// For services below a cgroup2 mount, and a proxy that listens on this port.
     pub(crate) fn new(cgroup_root: PathBuf, proxy_port: u16) -> Self {
-        Self { cgroup_root, proxy_port, kernel: None, committed: None }
+        Self { cgroup_root, proxy_ports: BTreeSet::from([proxy_port]), kernel: None, committed: None }
     }
 
     fn kernel(&mut self) -> Result<&Kernel, Error> {
@@ -75,16 +76,15 @@ impl Nftables {
     /// With nothing desired the table goes, but not before the last connection that was steered: with the last rule that
     /// translates in a network namespace the kernel ends all translation there.
     pub(crate) fn apply(&mut self, desired: &Desired) -> Result<(), Error> {
-        let proxy_port = self.proxy_port;
+        self.proxy_ports.extend(desired.services.iter().map(|service| service.proxy_port));
         let ruleset = Ruleset::new(desired, &self.cgroup_root);
         let committed = self.committed.take();
-        let kernel = self.kernel()?;
-        let found = kernel.fingerprint()?;
-        let is_needed = !desired.services.is_empty()
-            || found.is_some() && sockets::are_connected(proxy_port).map_err(Error::Socket)?;
+        let found = self.kernel()?.fingerprint()?;
+        let is_needed = !desired.services.is_empty() || found.is_some() && self.are_connected()?;
         if !is_needed {
             return self.remove();
         }
+        let kernel = self.kernel()?;
         if found == Some(ruleset.fingerprint()) {
             self.committed = Some(ruleset);
             return Ok(());
@@ -97,6 +97,15 @@ impl Nftables {
         }
         self.committed = Some(ruleset);
         Ok(())
+    }
+
+    /// Whether a connection is open that may be steered.
+    fn are_connected(&self) -> Result<bool, Error> {
+        let mut connected = self.proxy_ports.iter().map(|port| sockets::are_connected(*port));
+        connected
+            .find(|connected| !matches!(connected, Ok(false)))
+            .unwrap_or(Ok(false))
+            .map_err(Error::Socket)
     }
 
     /// Removes the table. Connections that were steered end, unless something else translates addresses here.
