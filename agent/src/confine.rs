@@ -21,9 +21,13 @@ pub(crate) enum ConfineError {
     Capabilities(#[from] caps::errors::CapsError),
     #[error("confine the daemon: make {path}, in which it may write: {cause}", path = .path.display())]
     Directory { path: std::path::PathBuf, cause: io::Error },
-    #[error("confine the daemon: with landlock: {0}")]
+    #[error(
+        "confine the daemon: with landlock: {0}; what runs it has to allow that (for a unit, `SystemCallFilter=` of the landlock calls)"
+    )]
     Files(#[from] landlock::RulesetError),
-    #[error("confine the daemon: with seccomp: {0}")]
+    #[error(
+        "confine the daemon: with seccomp: {0}; what runs it has to allow that (for a unit, `SystemCallFilter=seccomp`)"
+    )]
     Calls(#[from] seccompiler::Error),
 }
 
@@ -33,26 +37,26 @@ pub(crate) fn daemon(paths: &Paths, mode: Mode, cgroup_root: &Path) -> Result<()
     prctl::set_no_new_privs().map_err(ConfineError::NewPrivileges)?;
     files::make(paths)?;
     if !files::confine(&files::areas(paths, mode, cgroup_root))? {
-        tracing::warn!("not confined by landlock, which {}: it may write where root may", files::ABSENT);
+        tracing::warn!(
+            "not confined by landlock, which is not to be had here: the daemon may write where root may"
+        );
     }
     capabilities::reduce()?;
     if !calls::confine()? {
-        tracing::warn!("not confined by seccomp, which {}", calls::ABSENT);
+        tracing::warn!("not confined by seccomp, which is not to be had here");
     }
     Ok(())
 }
 
 /// What a daemon is confined by on this kernel, or what is missing.
 pub(crate) fn possible() -> Result<String, String> {
-    let missing = [
-        (!files::are_confinable()).then(|| format!("landlock {}", files::ABSENT)),
-        (!calls::are_confinable()).then(|| format!("seccomp {}", calls::ABSENT)),
-    ];
-    let missing: Vec<String> = missing.into_iter().flatten().collect();
+    let means = [("landlock", files::are_confinable()), ("seccomp", calls::are_confinable())];
+    let missing: Vec<&str> =
+        means.into_iter().filter(|(_, is_there)| !is_there).map(|(name, _)| name).collect();
     if missing.is_empty() {
-        Ok("the daemon gives up all but what it needs: by capabilities, landlock and seccomp".to_owned())
+        Ok("the daemon gives up all but what it needs, by capabilities, landlock and seccomp".to_owned())
     } else {
-        Err(missing.join("; "))
+        Err(format!("this kernel has no {}, or none that is switched on", missing.join(" and no ")))
     }
 }
 

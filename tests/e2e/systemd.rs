@@ -35,6 +35,21 @@ mod a_unit_that_is_restarted_fifty_times_never_escapes {
     }
 }
 
+/// What systemd itself says of the units, from 0 (safe) to 10.
+mod the_units_are_confined {
+    use super::{Mode, Release, Sandbox, are_confined};
+
+    #[test]
+    fn on_systemd_252() {
+        are_confined(&Sandbox::new("confined_on_systemd_252", Mode::Ebpf), Release::Bookworm);
+    }
+
+    #[test]
+    fn on_systemd_257() {
+        are_confined(&Sandbox::new("confined_on_systemd_257", Mode::Ebpf), Release::Trixie);
+    }
+}
+
 /// Every systemd has its own way with a unit that says when it has reloaded.
 mod a_reload_moves_the_step_before_a_start_with_the_unit {
     use super::{Mode, Release, Sandbox, reload_with_another_unit};
@@ -122,6 +137,29 @@ fn restart_fifty_times(sandbox: &Sandbox, release: Release) {
     let served = |by: &str| said.lines().filter(|line| *line == format!("10.77.0.10:8080 {by}")).count();
     assert_eq!((served("a") + served("b"), served("origin")), (2 * RESTARTS, 0), "{said}");
     assert_eq!(shop.origin.requests(), direct);
+}
+
+const AT_MOST: [(&str, f64); 2] = [("mesh-redirect", 3.0), ("mesh-proxy", 1.5)];
+
+fn are_confined(sandbox: &Sandbox, release: Release) {
+    let shop = Shop::on(sandbox, release);
+    shop.install();
+    for (unit, most) in AT_MOST {
+        let said = shop.run(&format!("systemd-analyze security --no-pager {unit}.service"));
+        let exposure =
+            said.lines().last().and_then(|line| line.split(": ").nth(1)?.split(' ').next()?.parse().ok());
+        let exposure: f64 = exposure.unwrap_or_else(|| panic!("no exposure in {said}"));
+        assert!(exposure <= most, "{unit}: {exposure}\n{said}");
+    }
+    let log = shop.run("journalctl --unit mesh-redirect --output cat");
+    assert!(!log.contains("not confined"), "the daemon confines itself under its unit too: {log}");
+
+    shop.run("mesh-redirect enable shop");
+    shop.is_steered();
+    shop.run("mesh-redirect exec other -- true");
+    shop.run("sleep 60 & mesh-redirect adopt other $! && kill $!");
+    let found = shop.run("mesh-redirect check --json");
+    assert!(found.contains("landlock"), "{found}");
 }
 
 /// Which units have our step, and how the agent's own unit is.

@@ -18,7 +18,8 @@ use crate::wait::eventually;
 
 const BOOT: Duration = Duration::from_secs(60);
 
-/// A container with cgroup2 alone, that knows nothing of a systemd outside, and whose root may load eBPF programs.
+/// A container with cgroup2 alone, that knows nothing of a systemd outside, and whose root may load eBPF programs and confine
+/// itself.
 const NSPAWN: [&str; 9] = [
     "SYSTEMD_NSPAWN_UNIFIED_HIERARCHY=1",
     "systemd-nspawn",
@@ -28,7 +29,7 @@ const NSPAWN: [&str; 9] = [
     "--register=no",
     "--keep-unit",
     "--capability=all",
-    "--system-call-filter=bpf",
+    "--system-call-filter=bpf landlock_create_ruleset landlock_add_rule landlock_restrict_self",
 ];
 
 /// A release of Debian, which is to say of systemd.

@@ -15,9 +15,6 @@ use std::{
     path::{Path, PathBuf},
 };
 
-/// How a kernel without it is described.
-pub(super) const ABSENT: &str = "this kernel does not have or has not switched on";
-
 /// What is handled: the newest that was tried. Later versions would restrict more than files that are written.
 const VERSION: ABI = ABI::V6;
 

@@ -177,7 +177,7 @@ impl Pins {
         }
         match remove_dir(&self.root) {
             // A daemon may write there and not above: another one that is made in its place would not be its own.
-            Err(Error::Pin { cause, .. }) if cause.kind() == io::ErrorKind::PermissionDenied => Ok(()),
+            Err(Error::Pin { cause, .. }) if is_confined(cause.kind()) => Ok(()),
             removed => removed,
         }
     }
@@ -206,6 +206,12 @@ fn remove_file(path: &Path) -> Result<(), Error> {
         }
         _ => Ok(()),
     }
+}
+
+/// What is refused by landlock, and what where a unit has mounted the directory for its own writing.
+fn is_confined(refused: io::ErrorKind) -> bool {
+    use io::ErrorKind::{PermissionDenied, ReadOnlyFilesystem, ResourceBusy};
+    matches!(refused, PermissionDenied | ReadOnlyFilesystem | ResourceBusy)
 }
 
 /// A directory that somebody else put something into stays.
