@@ -9,12 +9,14 @@
 //! | `POST /v1/services/NAME/commands` | [`Joined`]: the calling process is in a steered cgroup of its own now |
 //! | `POST /v1/services/NAME/processes` with [`Process`] | [`Joined`]: it and its descendants are in a steered cgroup |
 //! | `POST /v1/services/NAME/cgroups`, or with [`Process`] | [`Joined`]: the cgroup of the calling process, or of that one, is steered as the service's now |
+//! | `GET /v1/watch?service=NAME…&rate=N` | [`Watched`], one a line, for as long as the caller stays |
 //! | `POST /v1/proxy/cgroups` | [`Joined`]: the cgroup of the calling process is the proxy's now |
 //!
 //! What fails answers 4xx or 5xx with [`Refusal`].
 
 use crate::mode::Mode;
 use serde::{Deserialize, Serialize};
+use std::{collections::BTreeSet, net::SocketAddr};
 
 /// The state of everything.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -147,6 +149,73 @@ pub(crate) struct Process {
 pub(crate) struct Joined {
     pub(crate) cgroup: String,
     pub(crate) notes: Vec<String>,
+}
+
+/// Whose decisions shall be told, and how many.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Watch {
+    /// Every service's, where it is empty.
+    pub(crate) services: BTreeSet<String>,
+    /// At most so many in a second.
+    pub(crate) rate: u32,
+}
+
+impl Watch {
+    /// How many are told in a second where nobody says.
+    pub(crate) const RATE: u32 = 1000;
+    /// The highest rate: beyond it a reader does not keep up.
+    pub(crate) const MAX_RATE: u32 = 100_000;
+}
+
+/// One line of what those see who watch.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(untagged)]
+pub(crate) enum Watched {
+    Decision(Decision),
+    /// So many decisions were not told.
+    Dropped {
+        dropped: u64,
+    },
+}
+
+/// What was decided of a connection, or of a DNS query.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct Decision {
+    /// RFC 3339, UTC.
+    pub(crate) time: String,
+    pub(crate) service: String,
+    /// In the initial namespace.
+    pub(crate) pid: u32,
+    /// Name of the thread that connected, as the kernel knows it: at most 15 bytes.
+    pub(crate) command: String,
+    pub(crate) uid: u32,
+    /// Where it was going.
+    pub(crate) destination: SocketAddr,
+    pub(crate) transport: Transport,
+    pub(crate) decision: Outcome,
+    /// What policy says of the destination, and why.
+    pub(crate) rule: String,
+}
+
+/// What it is a decision on.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub(crate) enum Transport {
+    Tcp,
+    Udp,
+}
+
+/// What was decided; [`Counters`] count the same.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub(crate) enum Outcome {
+    Steered,
+    PassedByRule,
+    PassedProxyAbsent,
+    Refused,
+    Error,
+    Observed,
+    Query,
 }
 
 /// Why a request was refused.

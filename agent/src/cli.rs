@@ -1,6 +1,7 @@
 //! The command line, without logic.
 
-use clap::{Args, Parser, Subcommand};
+use crate::api::Watch;
+use clap::{Args, Parser, Subcommand, value_parser};
 use std::{ffi::OsString, net::SocketAddr, path::PathBuf};
 
 /// Steers unmodified services' outbound connections into a co-located proxy, one service at a time.
@@ -44,6 +45,18 @@ pub(crate) enum Command {
     },
     /// Show what is steered, since when and how much
     Status,
+    /// Show what is decided of each connection and DNS query, while it is decided
+    Watch {
+        /// Enabled services [default: all]
+        #[arg(value_name = "SERVICE")]
+        services: Vec<String>,
+        /// Show at most so many in a second; the others are counted
+        #[arg(long, value_name = "N", default_value_t = Watch::RATE, value_parser = value_parser!(u32).range(1..=i64::from(Watch::MAX_RATE)))]
+        rate: u32,
+        /// End after so many
+        #[arg(long, value_name = "N", value_parser = value_parser!(u64).range(1..))]
+        count: Option<u64>,
+    },
     /// Run a command with its connections steered as a service's
     Exec {
         /// Whose policy applies; need not be enabled, nor exist

@@ -12,7 +12,7 @@ use crate::{
 use anyhow::{Context as _, anyhow, bail};
 use nix::unistd::geteuid;
 use serde::Serialize;
-use std::{ffi::OsString, os::unix::process::CommandExt as _, process::ExitCode};
+use std::{ffi::OsString, ops::ControlFlow, os::unix::process::CommandExt as _, process::ExitCode};
 
 /// Usage and configuration errors, as clap's.
 const BAD_INPUT: u8 = 2;
@@ -48,6 +48,10 @@ fn execute(cli: Cli, output: Output) -> anyhow::Result<ExitCode> {
         }
         Command::Reload { dry_run } => reload(&config, dry_run, output)?,
         Command::Status => status(&config, output)?,
+        Command::Watch { services, rate, count } => {
+            let watch = api::Watch { services: services.into_iter().collect(), rate };
+            self::watch(&config, &watch, count, output)?;
+        }
         Command::Exec { service, command } => exec(&config, &service, &command, output)?,
         Command::Adopt { service, pid } => adopt(&config, &service, pid, output)?,
         Command::Attach(attach) => output.result(&attach::unit(&config, &attach)?, |_| String::new())?,
@@ -100,6 +104,18 @@ fn reload(config: &Config, dry_run: bool, output: Output) -> anyhow::Result<()> 
 fn status(config: &Config, output: Output) -> anyhow::Result<()> {
     let status: api::Status = client::get(&config.paths.run, "/v1/status")?;
     Ok(output.result(&status, present::status)?)
+}
+
+/// Until enough was shown, or nobody reads it any more. The daemon shall outlive it.
+fn watch(config: &Config, watch: &api::Watch, count: Option<u64>, output: Output) -> anyhow::Result<()> {
+    let mut columns = present::Decisions::default();
+    let mut left = count.unwrap_or(u64::MAX);
+    client::watch(&config.paths.run, watch, |watched: api::Watched| {
+        left -= u64::from(matches!(watched, api::Watched::Decision(_)));
+        let goes_on = output.line(&watched, |watched| columns.show(watched))? && left > 0;
+        Ok(if goes_on { ControlFlow::Continue(()) } else { ControlFlow::Break(()) })
+    })?;
+    Ok(())
 }
 
 /// The daemon moves this process into a cgroup of its own; it then becomes the command.

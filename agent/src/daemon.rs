@@ -7,19 +7,23 @@ mod reload;
 use crate::{
     api,
     config::{self, Config, ConfigError},
+    decisions::{self, Lines, Watchers},
     lock,
     mode::{self, Mode},
     origins, plan, probe,
     redirect::{self, Cgroup, MapUsage, Ready, Redirect},
     routable::Routable,
-    state::{State, StateFile},
+    state::{Entry, State, StateFile},
     watch,
     workload::{Unknown, Workloads},
 };
 use std::{
     io,
     path::PathBuf,
-    sync::mpsc::{Receiver, RecvTimeoutError},
+    sync::{
+        Arc,
+        mpsc::{Receiver, RecvTimeoutError},
+    },
     time::{Duration, Instant},
 };
 use tokio::sync::{oneshot, watch::Sender};
@@ -43,6 +47,8 @@ pub(crate) enum Request {
     Attach(String, i32, Reply<api::Joined>),
     /// The same as the proxy's.
     AttachProxy(i32, Reply<api::Joined>),
+    /// Tell what is decided, as long as the lines are read.
+    Watch(api::Watch, Reply<Lines>),
     /// What the proxy can route, which has changed.
     Routable(Routable),
     /// Whether a proxy is ready, which was the configured one when it was asked.
@@ -74,6 +80,12 @@ pub(crate) enum Error {
     Hook { action: &'static str, cause: io::Error },
     #[error("service `{0}` is not enabled; `mesh-redirect enable {0}` does it")]
     NotEnabled(String),
+    #[error(
+        "decisions can be watched with mode ebpf alone, and this host has mode {0}, where nobody is told of each; `mesh-redirect status` shows what is counted there, the proxy's metrics show what it was sent, and `mesh-redirect check` says why the mode is not ebpf"
+    )]
+    NotWatchable(Mode),
+    #[error("{max} watch already, which is the most; end one of them", max = decisions::MAX_WATCHERS)]
+    TooManyWatchers,
     #[error(transparent)]
     Config(#[from] ConfigError),
     /// What a daemon has for its life.
@@ -128,6 +140,8 @@ pub(crate) struct Daemon {
     origins: Sender<origins::Snapshot>,
     /// And which proxy is to be watched, and for what.
     watched: Sender<watch::Target>,
+    /// Who watches decisions.
+    watchers: Arc<Watchers>,
     commands: u64,
 }
 
@@ -139,6 +153,7 @@ impl Daemon {
         workloads: Workloads,
         origins: Sender<origins::Snapshot>,
         watched: Sender<watch::Target>,
+        watchers: Arc<Watchers>,
     ) -> Result<Self, Error> {
         let file = StateFile::new(&config.paths.state);
         let mut state = file.load()?;
@@ -157,6 +172,7 @@ impl Daemon {
             proxy_ready: Ready::default(),
             origins,
             watched,
+            watchers,
             config,
             config_file,
             file,
@@ -189,6 +205,7 @@ impl Daemon {
                 Ok(Request::Join(name, pid, reply)) => answer(reply, self.join(&name, pid)),
                 Ok(Request::Adopt(name, pid, reply)) => answer(reply, self.adopt(&name, pid)),
                 Ok(Request::Attach(name, pid, reply)) => answer(reply, self.attach(&name, pid)),
+                Ok(Request::Watch(watch, reply)) => answer(reply, self.watch(watch)),
                 Ok(Request::Routable(routable)) => self.hear_of_routable(routable),
                 Ok(Request::AttachProxy(pid, reply)) => answer(reply, self.attach_proxy(pid)),
                 // What was said of another one than is configured now says nothing any more.
@@ -236,7 +253,7 @@ impl Daemon {
     /// What cannot be had leaves what holds as it is, until the proxy can route something else; what only failed is tried
     /// again. It is kept when it holds: whoever starts from it must be able to.
     fn hear_of_routable(&mut self, routable: Routable) {
-        let before = std::mem::replace(&mut self.compiled, plan::Compiled::new(routable.clone()));
+        let before = std::mem::replace(&mut self.compiled, plan::Compiled::new(Arc::new(routable.clone())));
         self.pending = None;
         if let Err(error) = self.apply(&self.state.clone()) {
             tracing::error!("what the proxy can route has changed, and is not followed: {error}");
@@ -320,6 +337,9 @@ impl Daemon {
             desired = plan::everything(&self.config, state, &mut self.workloads, &mut self.compiled)?;
         }
         self.publish(origins::Snapshot::from(&desired));
+        if self.watchers.are_any() {
+            self.watchers.publish(self.explanations(state));
+        }
         Ok(self.redirect.apply(&desired)?)
     }
 
@@ -329,6 +349,33 @@ impl Daemon {
             *published = snapshot;
             is_new
         });
+    }
+
+    /// Lets somebody watch decisions on services, which have to be enabled or have commands that run as they.
+    fn watch(&mut self, watch: api::Watch) -> Result<Lines, Error> {
+        if self.mode != Mode::Ebpf {
+            return Err(Error::NotWatchable(self.mode));
+        }
+        let absent: Vec<String> =
+            watch.services.iter().filter(|name| self.state.get(name).is_none()).cloned().collect();
+        self.workloads.resolve(&self.config, &absent)?;
+        if let Some(name) = absent.into_iter().next() {
+            return Err(Error::NotEnabled(name));
+        }
+        self.watchers.publish(self.explanations(&self.state));
+        self.watchers.join(watch).ok_or(Error::TooManyWatchers)
+    }
+
+    /// What decisions are explained by.
+    fn explanations(&self, state: &State) -> decisions::Snapshot {
+        let service = |(name, entry): (&str, &Entry)| {
+            (entry.id, decisions::Service { name: name.to_owned(), policy: self.config.policy(name).clone() })
+        };
+        decisions::Snapshot {
+            services: state.iter().map(service).collect(),
+            routable: Arc::clone(self.compiled.routable()),
+            file: self.config.file.clone(),
+        }
     }
 
     fn proxy_notes(&mut self) -> Vec<String> {

@@ -11,6 +11,7 @@ mod config;
 mod confine;
 mod conntrack;
 mod daemon;
+mod decisions;
 mod explain;
 mod http;
 mod lock;

@@ -30,6 +30,20 @@ impl Output {
         print(&mut io::stdout(), &if self.json { json(value)? } else { text(value) })
     }
 
+    /// One of many results, at once; as JSON on a line of its own. False when nobody reads them any more.
+    pub(crate) fn line<T: Serialize>(self, value: &T, text: impl FnOnce(&T) -> String) -> io::Result<bool> {
+        let line = if self.json {
+            serde_json::to_string(&Versioned { version: VERSION, value })? + "\n"
+        } else {
+            text(value)
+        };
+        let mut stdout = io::stdout().lock();
+        match stdout.write_all(line.as_bytes()).and_then(|()| stdout.flush()) {
+            Err(error) if error.kind() == io::ErrorKind::BrokenPipe => Ok(false),
+            result => result.map(|()| true),
+        }
+    }
+
     /// What is no result, to standard error.
     pub(crate) fn aside<T: Serialize>(self, value: &T, text: impl FnOnce(&T) -> String) {
         let text = if self.json { json(value).unwrap_or_default() } else { text(value) };

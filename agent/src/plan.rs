@@ -24,20 +24,20 @@ pub(crate) enum PlanError {
 /// Policies that were compiled already, for what the proxy can route.
 #[derive(Debug, Default)]
 pub(crate) struct Compiled {
-    routable: Routable,
+    routable: Arc<Routable>,
     policies: Vec<(Policy, Arc<[rules::Entry]>)>,
 }
 
 impl Compiled {
     /// For what the proxy can route.
-    pub(crate) fn new(routable: Routable) -> Self {
+    pub(crate) fn new(routable: Arc<Routable>) -> Self {
         Self { routable, policies: Vec::new() }
     }
 
     /// For what the proxy could route last. What no longer fits a policy, which may have changed, is as good as unknown:
     /// nothing that starts may fail for it.
     pub(crate) fn kept(config: &Config) -> Self {
-        let mut compiled = Self::new(Routable::load(&config.paths.state));
+        let mut compiled = Self::new(Arc::new(Routable::load(&config.paths.state)));
         let policies = config.services.values().map(|service| &service.policy).chain([&config.defaults]);
         for policy in policies.filter(|policy| policy.follows_routable()) {
             if let Err(error) = compiled.get(policy) {
@@ -49,7 +49,7 @@ impl Compiled {
     }
 
     /// What the proxy can route.
-    pub(crate) fn routable(&self) -> &Routable {
+    pub(crate) fn routable(&self) -> &Arc<Routable> {
         &self.routable
     }
 

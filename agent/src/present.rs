@@ -1,7 +1,7 @@
 //! Results for people: aligned, coloured on a terminal.
 
 use crate::{
-    api,
+    api::{self, Outcome, Transport},
     check::{Findings, Line},
     explain::{Explained, Explanations},
     mode::{self, Mode},
@@ -163,6 +163,68 @@ pub(crate) fn explained(Explanations { explained }: &Explanations) -> String {
     text
 }
 
+/// The lines of `watch`, whose columns become as wide as what was seen.
+#[derive(Debug, Default)]
+pub(crate) struct Decisions {
+    widths: Option<[usize; 8]>,
+}
+
+impl Decisions {
+    /// One more; the first one comes with a head.
+    pub(crate) fn show(&mut self, watched: &api::Watched) -> String {
+        let head = ["TIME", "SERVICE", "DECISION", "PID", "COMMAND", "UID", "DESTINATION", "RULE"];
+        let head = if self.widths.is_none() {
+            paint(BOLD, &self.row(&head.map(str::to_owned)))
+        } else {
+            String::new()
+        };
+        head + &match watched {
+            api::Watched::Dropped { dropped } => paint(RED, &format!("{dropped} decisions were not shown\n")),
+            api::Watched::Decision(decision) => self.row(&cells(decision)),
+        }
+    }
+
+    fn row(&mut self, cells: &[String; 8]) -> String {
+        let widths = self.widths.get_or_insert([27, 0, 8, 7, 15, 5, 21, 0]);
+        let mut text = String::new();
+        for (cell, width) in cells.iter().zip(widths) {
+            *width = (*width).max(cell.chars().count());
+            let _infallible = write!(text, "{cell:width$}  ");
+        }
+        text.trim_end().to_owned() + "\n"
+    }
+}
+
+fn cells(decision: &api::Decision) -> [String; 8] {
+    let api::Decision { time, service, pid, command, uid, destination, transport, decision, rule } = decision;
+    let outcome = match decision {
+        Outcome::Steered => "steered",
+        Outcome::Query => "query",
+        Outcome::Observed => "observed",
+        Outcome::PassedByRule => "by rule",
+        Outcome::PassedProxyAbsent => "no proxy",
+        Outcome::Refused => "refused",
+        Outcome::Error => "error",
+    };
+    let transport = match transport {
+        Transport::Tcp => "",
+        Transport::Udp => "/udp",
+    };
+    // A program names its threads as it likes.
+    let is_strange = |c: char| c.is_control() || c.is_whitespace();
+    let command = command.chars().map(|c| if is_strange(c) { '?' } else { c }).collect();
+    [
+        time.clone(),
+        service.clone(),
+        outcome.to_owned(),
+        pid.to_string(),
+        command,
+        uid.to_string(),
+        format!("{destination}{transport}"),
+        rule.clone(),
+    ]
+}
+
 fn paint(code: &str, text: &str) -> String {
     let colour = std::io::stdout().is_terminal() && std::env::var_os("NO_COLOR").is_none();
     if colour { format!("\x1b[{code}m{text}\x1b[0m") } else { text.to_owned() }
@@ -176,6 +238,33 @@ fn utc(seconds: u64) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn decisions_are_aligned_and_no_command_moves_the_cursor() {
+        let decision = |service: &str, command: &str| {
+            api::Watched::Decision(api::Decision {
+                time: "2026-01-02T03:04:05.123456Z".into(),
+                service: service.into(),
+                pid: 7,
+                command: command.into(),
+                uid: 0,
+                destination: "10.0.0.1:53".parse().unwrap(),
+                transport: Transport::Udp,
+                decision: Outcome::PassedProxyAbsent,
+                rule: "r".into(),
+            })
+        };
+        let mut shown = Decisions::default();
+        let first = shown.show(&decision("a", "\x1b[2J x"));
+        let (head, line) = first.split_once('\n').unwrap();
+        assert!(head.starts_with("TIME") && line.contains("?[2J?x"), "{first}");
+        assert!(line.contains("no proxy") && line.contains("10.0.0.1:53/udp"), "{first}");
+        assert_eq!(head.find("DECISION"), line.find("no proxy"));
+        let longer = shown.show(&decision("a-longer-name", "x"));
+        let after = shown.show(&decision("a", "x"));
+        assert_eq!(longer.find("no proxy"), after.find("no proxy"));
+        assert_eq!(shown.show(&api::Watched::Dropped { dropped: 3 }), "3 decisions were not shown\n");
+    }
 
     #[test]
     fn a_service_with_no_process_and_one_with_two_scopes_are_both_readable() {

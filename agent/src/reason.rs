@@ -6,7 +6,11 @@ use crate::{
     rules::{self, Verdict},
 };
 use serde::Serialize;
-use std::{fmt, net::SocketAddr, path::PathBuf};
+use std::{
+    fmt,
+    net::SocketAddr,
+    path::{Path, PathBuf},
+};
 
 /// See the module.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
@@ -28,11 +32,11 @@ pub(crate) struct Reason {
 impl Reason {
     /// What the policy of a service says of a TCP connection.
     pub(crate) fn of(config: &Config, routable: &Routable, service: &str, destination: SocketAddr) -> Self {
-        Self::new(config, &rules::decide(config.policy(service), routable, destination))
+        Self::new(&config.file, &rules::decide(config.policy(service), routable, destination))
     }
 
-    /// A verdict of a policy of this configuration.
-    pub(crate) fn new(config: &Config, verdict: &Verdict<'_>) -> Self {
+    /// A verdict of a policy of the configuration in a file.
+    pub(crate) fn new(file: &Path, verdict: &Verdict<'_>) -> Self {
         let because = match verdict {
             Verdict::Steered(rule) => format!("`{rule}` covers it"),
             Verdict::Excluded(rule) => format!("`{rule}` covers it, and no include is more specific"),
@@ -44,7 +48,7 @@ impl Reason {
             steered: verdict.is_steered(),
             because,
             rule: verdict.rule().map(ToString::to_string),
-            file: line.map(|_| config.file.clone()),
+            file: line.map(|_| file.to_owned()),
             line,
         }
     }

@@ -5,6 +5,7 @@ use crate::{
     config::Config,
     confine,
     daemon::{Daemon, Request},
+    decisions::{self, Watchers},
     http, lock,
     mode::Mode,
     origins::{self, Snapshot, server::OriginsServer},
@@ -16,7 +17,7 @@ use anyhow::{Context as _, bail};
 use std::{
     fs, future,
     path::{Path, PathBuf},
-    sync::mpsc,
+    sync::{Arc, mpsc},
     thread,
 };
 use tokio::{
@@ -31,7 +32,9 @@ pub(crate) fn run(config: Config, file: Option<PathBuf>) -> anyhow::Result<()> {
     let cgroup_root = probe::cgroup2_mount()?;
     let (published, snapshots) = tokio::sync::watch::channel(Snapshot::default());
     let (watched, targets) = tokio::sync::watch::channel(Target::from(&config));
-    let daemon = Daemon::start(config, file, Workloads::new(cgroup_root.clone()), published, watched)?;
+    let watchers = Arc::new(Watchers::default());
+    let workloads = Workloads::new(cgroup_root.clone());
+    let daemon = Daemon::start(config, file, workloads, published, watched, Arc::clone(&watchers))?;
     let mode = daemon.mode();
     // Before there is a second thread, which would not be confined by it.
     confine::daemon(&paths, mode, &cgroup_root)?;
@@ -52,12 +55,21 @@ pub(crate) fn run(config: Config, file: Option<PathBuf>) -> anyhow::Result<()> {
         watch::routable(targets, &handle, workloads, tell);
     };
     thread::Builder::new().name("routable".to_owned()).spawn(watch)?;
+    let reader = {
+        let (pins, watchers) = (paths.pins.clone(), Arc::clone(&watchers));
+        let read = move || decisions::reader::run(&pins, &watchers);
+        thread::Builder::new().name("decisions".to_owned()).spawn(read)?
+    };
     let mind = thread::Builder::new().name("daemon".to_owned()).spawn(move || daemon.run(&received))?;
     runtime.block_on(async {
         let origins = origins_server(mode, &paths.run, snapshots, Workloads::new(cgroup_root));
         serve_until_told_to_stop(&paths.run, requests.clone(), origins).await
     })?;
+    watchers.end();
     let _already_stopped = requests.send(Request::Stop);
+    if reader.join().is_err() {
+        tracing::warn!("the thread that reads decisions has panicked");
+    }
     if mind.join().is_err() {
         bail!("the daemon's thread panicked; what is steered stays steered");
     }

@@ -4,27 +4,36 @@ use crate::{
     api,
     config::check_name,
     daemon::{self, Request},
+    decisions::Lines,
     http::{self, json, refuse},
     plan::PlanError,
 };
 use bytes::Bytes;
-use http_body_util::{BodyExt as _, Full, Limited};
+use http_body_util::{BodyExt as _, Either, Full, Limited};
 use hyper::{
     Method, Response, StatusCode,
     body::{Body as _, Incoming},
+    header::{CONTENT_TYPE, HeaderValue},
+    http::request::Parts,
     service::service_fn,
 };
 use hyper_util::rt::{TokioIo, TokioTimer};
 use serde::{Serialize, de::DeserializeOwned};
 use std::{
+    collections::BTreeSet,
     convert::Infallible,
-    sync::{Arc, mpsc::Sender},
+    future,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+        mpsc::Sender,
+    },
     time::Duration,
 };
 use tokio::{
     net::{UnixListener, UnixStream},
     sync::{Semaphore, oneshot},
-    time::timeout,
+    time::sleep,
 };
 
 /// Callers at once; further ones wait.
@@ -33,7 +42,7 @@ const MAX_CONNECTIONS: usize = 64;
 const MAX_BODY: usize = 512 << 10;
 /// Bytes of a request's head.
 const MAX_HEAD: usize = 8 << 10;
-/// How long a caller may take for its request, and for all of it.
+/// How long a caller may take for its request, and for all of it unless it watches.
 const HEAD_TIMEOUT: Duration = Duration::from_secs(5);
 const CONNECTION_TIMEOUT: Duration = Duration::from_secs(120);
 
@@ -58,9 +67,10 @@ async fn connection(stream: UnixStream, requests: Sender<Request>) {
         tracing::warn!(uid = peer.uid(), pid = peer.pid(), "a caller that is not root was turned away");
         return;
     }
+    let watches = AtomicBool::new(false);
     let service = service_fn(|request| {
-        let requests = requests.clone();
-        async move { Ok::<_, Infallible>(respond(request, peer.pid(), &requests).await) }
+        let (requests, watches) = (requests.clone(), &watches);
+        async move { Ok::<_, Infallible>(respond(request, peer.pid(), &requests, watches).await) }
     });
     let mut builder = hyper::server::conn::http1::Builder::new();
     builder
@@ -68,19 +78,79 @@ async fn connection(stream: UnixStream, requests: Sender<Request>) {
         .header_read_timeout(HEAD_TIMEOUT)
         .max_buf_size(MAX_HEAD)
         .keep_alive(false);
-    match timeout(CONNECTION_TIMEOUT, builder.serve_connection(TokioIo::new(stream), service)).await {
-        Ok(Ok(())) => {}
-        Ok(Err(error)) => tracing::debug!("control socket: {error}"),
-        Err(_) => tracing::debug!("control socket: a caller took too long"),
+    let time_is_up = async {
+        sleep(CONNECTION_TIMEOUT).await;
+        if watches.load(Ordering::Relaxed) {
+            future::pending::<()>().await;
+        }
+    };
+    tokio::select! {
+        served = builder.serve_connection(TokioIo::new(stream), service) => {
+            served.unwrap_or_else(|error| tracing::debug!("control socket: {error}"));
+        }
+        () = time_is_up => tracing::debug!("control socket: a caller took too long"),
     }
 }
+
+/// A document, or lines without an end.
+type Answer = Response<Either<Full<Bytes>, Lines>>;
 
 async fn respond(
     request: hyper::Request<Incoming>,
     pid: Option<i32>,
     requests: &Sender<Request>,
-) -> Response<Full<Bytes>> {
+    watches: &AtomicBool,
+) -> Answer {
     let (head, body) = request.into_parts();
+    if (&head.method, head.uri.path()) != (&Method::GET, "/v1/watch") {
+        return answer(&head, body, pid, requests).await.map(Either::Left);
+    }
+    match watch(head.uri.query().unwrap_or_default(), requests).await {
+        Ok(lines) => {
+            watches.store(true, Ordering::Relaxed);
+            let mut response = Response::new(Either::Right(lines));
+            response.headers_mut().insert(CONTENT_TYPE, HeaderValue::from_static("application/jsonl"));
+            response
+        }
+        Err(refusal) => refusal.map(Either::Left),
+    }
+}
+
+async fn watch(query: &str, requests: &Sender<Request>) -> Result<Lines, Response<Full<Bytes>>> {
+    let watch = asked(query).map_err(|error| refuse(StatusCode::BAD_REQUEST, &error))?;
+    wait(requests, |reply| Request::Watch(watch, reply)).await
+}
+
+/// What is to be watched; else what is wrong with it.
+fn asked(query: &str) -> Result<api::Watch, String> {
+    let (mut services, mut rate) = (BTreeSet::new(), None);
+    for (key, value) in form_urlencoded::parse(query.as_bytes()) {
+        match &*key {
+            "service" => {
+                check_name(&value)?;
+                services.insert(value.into_owned());
+            }
+            "rate" if rate.is_none() => rate = Some(value.parse().ok().filter(is_rate).ok_or_else(bad_rate)?),
+            _ => return Err(format!("unknown or repeated parameter `{}`", key.escape_debug())),
+        }
+    }
+    Ok(api::Watch { services, rate: rate.unwrap_or(api::Watch::RATE) })
+}
+
+fn is_rate(rate: &u32) -> bool {
+    (1..=api::Watch::MAX_RATE).contains(rate)
+}
+
+fn bad_rate() -> String {
+    format!("expected a rate from 1 to {}", api::Watch::MAX_RATE)
+}
+
+async fn answer(
+    head: &Parts,
+    body: Incoming,
+    pid: Option<i32>,
+    requests: &Sender<Request>,
+) -> Response<Full<Bytes>> {
     let parts: Vec<&str> = head.uri.path().trim_start_matches('/').split('/').collect();
     match (&head.method, &parts[..]) {
         (&Method::GET, ["v1", "status"]) => ask(requests, Request::Status).await,
@@ -119,7 +189,7 @@ async fn respond(
         },
         (
             _,
-            ["v1", "status" | "enable" | "disable" | "reload"]
+            ["v1", "status" | "enable" | "disable" | "reload" | "watch"]
             | ["v1", "proxy", "cgroups"]
             | ["v1", "services", _, "commands" | "cgroups" | "processes"],
         ) => refuse(StatusCode::METHOD_NOT_ALLOWED, "this path does not know this method"),
@@ -150,15 +220,19 @@ async fn ask<T: Serialize>(
     requests: &Sender<Request>,
     request: impl FnOnce(daemon::Reply<T>) -> Request,
 ) -> Response<Full<Bytes>> {
+    wait(requests, request).await.map_or_else(|refusal| refusal, |value| json(StatusCode::OK, &value))
+}
+
+/// What the daemon answers, or how it refuses.
+async fn wait<T>(
+    requests: &Sender<Request>,
+    request: impl FnOnce(daemon::Reply<T>) -> Request,
+) -> Result<T, Response<Full<Bytes>>> {
+    let stopping = || refuse(StatusCode::SERVICE_UNAVAILABLE, "the daemon is stopping");
     let (reply, answer) = oneshot::channel();
-    if requests.send(request(reply)).is_err() {
-        return refuse(StatusCode::SERVICE_UNAVAILABLE, "the daemon is stopping");
-    }
-    match answer.await {
-        Ok(Ok(value)) => json(StatusCode::OK, &value),
-        Ok(Err(error)) => refuse(status_of(&error), &error.to_string()),
-        Err(_) => refuse(StatusCode::SERVICE_UNAVAILABLE, "the daemon is stopping"),
-    }
+    requests.send(request(reply)).map_err(|_| stopping())?;
+    let answer = answer.await.map_err(|_| stopping())?;
+    answer.map_err(|error| refuse(status_of(&error), &error.to_string()))
 }
 
 fn status_of(error: &daemon::Error) -> StatusCode {
@@ -174,6 +248,8 @@ fn status_of(error: &daemon::Error) -> StatusCode {
         | daemon::Error::NoMatch { .. }
         | daemon::Error::BadPattern(_)
         | daemon::Error::Plan(PlanError::Policy { .. }) => StatusCode::BAD_REQUEST,
+        daemon::Error::NotWatchable(_) => StatusCode::CONFLICT,
+        daemon::Error::TooManyWatchers => StatusCode::SERVICE_UNAVAILABLE,
         _ => StatusCode::INTERNAL_SERVER_ERROR,
     }
 }

@@ -81,3 +81,4 @@ mod scope;
 mod systemd;
 mod tunnel;
 mod undo;
+mod watch;

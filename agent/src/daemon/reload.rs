@@ -10,7 +10,7 @@ use crate::{
     workload::{Workloads, started, systemd::DropIn},
 };
 use sd_notify::NotifyState;
-use std::{io, mem};
+use std::{io, mem, sync::Arc};
 
 /// Lines of a difference that are logged.
 const LOGGED: usize = 100;
@@ -110,7 +110,8 @@ impl Daemon {
     fn compiled_for(&mut self, config: &Config) -> Compiled {
         let asked =
             config.follows_routable().then(|| watch::routable_now(&config.proxy, &mut self.workloads));
-        Compiled::new(asked.flatten().unwrap_or_else(|| self.compiled.routable().clone()))
+        let kept = || Arc::clone(self.compiled.routable());
+        Compiled::new(asked.flatten().map_or_else(kept, Arc::new))
     }
 
     /// Everything that the configuration makes of kernel, host and this process.

@@ -3,6 +3,7 @@
 //! All state is in the kernel, pinned: whoever comes next, a restarted daemon or a command without one, goes on from
 //! there. What is remembered here only spares work.
 
+mod decisions;
 mod error;
 mod maps;
 mod object;
@@ -12,6 +13,7 @@ mod written;
 
 pub(crate) use object::{others, try_load};
 
+pub(crate) use decisions::{Decisions, monotonic};
 pub(crate) use error::Error;
 use maps::Maps;
 use object::Loader;
