@@ -1,8 +1,11 @@
 //! The command line, without logic.
 
-use crate::api::Watch;
+use crate::{
+    api::Watch,
+    explain::{Destination, Proto},
+};
 use clap::{Args, Parser, Subcommand, value_parser};
-use std::{ffi::OsString, net::SocketAddr, path::PathBuf};
+use std::{ffi::OsString, path::PathBuf};
 
 /// Steers unmodified services' outbound connections into a co-located proxy, one service at a time.
 #[derive(Debug, Parser)]
@@ -74,13 +77,16 @@ pub(crate) enum Command {
     },
     /// Attach to a cgroup before its first process runs, without a daemon: for a unit's ExecStartPre= and for OCI hooks
     Attach(Attach),
-    /// Tell what the configured policy does with connections of a service, and which capture says so
+    /// Tell what becomes of connections of a service, which rule says so, and where it is written
     Explain {
         /// Whose policy; a service that the configuration does not name has the defaults
         service: String,
-        /// Where the connections go
-        #[arg(required = true, value_name = "ADDRESS:PORT")]
-        destinations: Vec<SocketAddr>,
+        /// Where the connections go: an address or a host name; without a port, all ports
+        #[arg(required = true, value_name = "ADDRESS[:PORT]|NAME[:PORT]")]
+        destinations: Vec<Destination>,
+        /// What is sent there
+        #[arg(long, value_enum, default_value_t)]
+        proto: Proto,
     },
     /// Print where the proxy listens for a name, as NAME_SERVICE_HOST and NAME_SERVICE_PORT
     Env {

@@ -55,8 +55,8 @@ fn execute(cli: Cli, output: Output) -> anyhow::Result<ExitCode> {
         Command::Exec { service, command } => exec(&config, &service, &command, output)?,
         Command::Adopt { service, pid } => adopt(&config, &service, pid, output)?,
         Command::Attach(attach) => output.result(&attach::unit(&config, &attach)?, |_| String::new())?,
-        Command::Explain { service, destinations } => {
-            let explained = explain::explain(&config, &service, &destinations)?;
+        Command::Explain { service, destinations, proto } => {
+            let explained = explain::explain(&config, &service, &destinations, proto)?;
             output.result(&explained, present::explained)?;
         }
         Command::Env { service, systemd } => env(&config, &service, systemd, output)?,

@@ -153,14 +153,36 @@ pub(crate) fn check(Findings { findings, mode, possible }: &Findings) -> String 
     text + &capabilities(possible, *mode)
 }
 
-/// The lines of `explain`.
-pub(crate) fn explained(Explanations { explained }: &Explanations) -> String {
-    let mut text = String::new();
-    for Explained { destination, reason } in explained {
-        let outcome = if reason.steered { "steered" } else { "passes" };
-        let _infallible = writeln!(text, "{destination}: {outcome}: {} ({})", reason.because, reason.place());
-    }
-    text
+/// The table of `explain`.
+pub(crate) fn explained(Explanations { service, now, explained }: &Explanations) -> String {
+    let mut rows = vec![["DESTINATION", "DECISION", "WHERE", "BECAUSE"].map(str::to_owned)];
+    rows.extend(explained.iter().map(explained_row));
+    let mode = now.mode.map(|mode| format!(" · {mode}")).unwrap_or_default();
+    let enabled = match (now.enabled, now.observed) {
+        (Some(true), true) => "is observed",
+        (Some(true), false) => "is enabled",
+        (Some(false), _) => "is not enabled: this is what would be if it were",
+        (None, _) => "may be enabled or not: only root may know",
+    };
+    let proxy = match (now.proxy.any(), now.dns.any()) {
+        (true, true) => "the proxy is ready, for DNS too",
+        (true, false) => "the proxy is ready",
+        (false, _) => "the proxy is not ready",
+    };
+    format!("{service} {enabled}{mode} · {proxy}\n{}", table(&rows))
+}
+
+fn explained_row(explained: &Explained) -> [String; 4] {
+    let Explained { destination, ports, name, from, decision, reason, .. } = explained;
+    let ports = ports.as_ref().map(|ports| format!(" ports {ports}")).unwrap_or_default();
+    let destination = match (name, from) {
+        (Some(name), Some(from)) if !destination.starts_with(name) => {
+            format!("{destination}{ports} ({name}, by {from})")
+        }
+        (Some(_), Some(from)) => format!("{destination}{ports} (by {from})"),
+        _ => format!("{destination}{ports}"),
+    };
+    [destination, decision.to_string(), reason.place(), reason.because.clone()]
 }
 
 /// The lines of `watch`, whose columns become as wide as what was seen.

@@ -7,7 +7,6 @@ use crate::{
 };
 use serde::Serialize;
 use std::{
-    fmt,
     net::SocketAddr,
     path::{Path, PathBuf},
 };
@@ -53,8 +52,8 @@ impl Reason {
         }
     }
 
-    /// `FILE:LINE` of what is written there, or that it is not.
-    pub(crate) fn place(&self) -> impl fmt::Display {
+    /// `FILE:LINE` of what is written there, or that it is built in.
+    pub(crate) fn place(&self) -> String {
         match (&self.file, self.line) {
             (Some(file), Some(line)) => format!("{}:{line}", file.display()),
             _ => "built in".to_owned(),

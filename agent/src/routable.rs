@@ -147,6 +147,13 @@ impl Routable {
         self.services.iter().flat_map(of).collect()
     }
 
+    /// The virtual addresses of a name, in lower case.
+    pub(crate) fn addresses_of(&self, name: &str) -> Vec<IpAddr> {
+        let domains = self.services.iter().flat_map(|service| &service.domains);
+        let of_name = domains.filter(|domain| domain.name == name);
+        of_name.flat_map(|domain| domain.virtual_addresses.iter().copied()).collect()
+    }
+
     /// The names that the proxy listens for; all of them have to be sound.
     pub(crate) fn names(&self) -> io::Result<Vec<Name>> {
         let of = |service: &Service| {

@@ -237,7 +237,6 @@ pub(crate) fn decide<'p>(policy: &'p Policy, routable: &'p Routable, destination
 }
 
 /// The same of all ports of an address but zero: neighbouring ones of which the same is said together.
-#[cfg_attr(not(test), expect(dead_code, reason = "for explaining an address without a port"))]
 pub(crate) fn decide_ports<'p>(
     policy: &'p Policy,
     routable: &'p Routable,

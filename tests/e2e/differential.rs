@@ -1,20 +1,22 @@
-//! Random policies and random connections: what the kernel does has to be what the policy's definition says.
+//! Random policies, connections and datagrams: what the kernel does, and counts, has to be what `explain` says, which is the
+//! policy's definition.
 
+use std::collections::BTreeMap;
 use std::env;
 use std::io::{Write, stderr};
 use std::sync::LazyLock;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use serde::Deserialize;
-use tests::{Agent, Place, Proxy, Sandbox, eventually};
+use tests::{Agent, Counters, Place, Proxy, Sandbox, eventually};
 
-scenarios![the_kernel_decides_as_policies_are_defined];
+scenarios![the_kernel_decides_as_explain_says];
 
 /// In each mode; there are two.
 const POLICIES: usize = 60;
 const CONNECTIONS: usize = 100;
-/// To a few resolvers, since no more than sixteen of a family are told apart.
-const QUERIES: usize = 10;
+/// Most to a few resolvers, since no more than sixteen of a family are told apart.
+const DATAGRAMS: usize = 10;
 
 /// A service of the proxy's that is in the random world, by addresses and by instances.
 const PROXY: &str = "\
@@ -34,7 +36,7 @@ static SEED: LazyLock<u64> = LazyLock::new(|| {
     env::var("MESH_REDIRECT_SEED").map_or_else(|_| clock(), |seed| seed.parse().expect("a seed is a number"))
 });
 
-fn the_kernel_decides_as_policies_are_defined(sandbox: &Sandbox) {
+fn the_kernel_decides_as_explain_says(sandbox: &Sandbox) {
     // Past the capture of a test's output, so that it is in every log.
     let _ = writeln!(stderr(), "differential test: {}: MESH_REDIRECT_SEED={}", sandbox.mode.name(), *SEED);
     let mut random = Random(*SEED | 1);
@@ -44,42 +46,74 @@ fn the_kernel_decides_as_policies_are_defined(sandbox: &Sandbox) {
         sandbox.program(Place::Outside, "ip").args(add).run().ok();
     }
     let services: Vec<String> = (0..POLICIES).map(|number| format!("random{number}")).collect();
-    let settings: Vec<(String, bool)> = services.iter().map(|name| random.service(sandbox, name)).collect();
-    let captures_dns: Vec<bool> = settings.iter().map(|(_, dns)| *dns).collect();
-    let settings: String = settings.into_iter().map(|(settings, _)| settings).collect();
+    let settings: String = services.iter().map(|name| random.service(sandbox, name)).collect();
     let agent = Agent::start(sandbox, &settings);
     let _proxy = Proxy::start_with(sandbox, PROXY);
     eventually("the daemon knows what is routed", SOON, || sandbox.path("state/routable.json").exists());
-    agent.enable_all(&services);
+    let (observed, enforced): (Vec<String>, Vec<String>) =
+        services.iter().cloned().partition(|_| random.below(6) == 0);
+    let observe = [&["enable", "--observe"], &*refs(&observed)].concat();
+    Agent::command(sandbox, if observed.is_empty() { &["status"] } else { &observe }).ok();
+    agent.enable_all(&enforced);
 
-    let (mut decisions, mut queries) = (0, 0);
-    for (name, captures_dns) in services.iter().zip(captures_dns) {
+    let mut seen: BTreeMap<String, usize> = BTreeMap::new();
+    for name in &services {
+        let context = format!("seed {}, {name}\n{settings}", *SEED);
         let destinations: Vec<String> = (0..CONNECTIONS).map(|_| random.destination()).collect();
-        let defined = explained(sandbox, name, &destinations);
         let connect = [["decide"].as_slice(), &refs(&destinations)].concat();
-        let observed = sandbox.peer_in(&format!("random/{name}")).args(connect).run();
-        for (line, expected) in observed.ok().lines().zip(&defined) {
-            let steered = line == "steered";
-            assert!(steered || line == "passed", "{name} {expected:?}: {line}");
-            assert_eq!(steered, expected.steered, "seed {}, {name}: {expected:?}\n{settings}", *SEED);
-            decisions += 1;
-        }
-        let resolvers: Vec<String> = (0..QUERIES).map(|_| random.resolver()).collect();
-        let defined = explained(sandbox, name, &resolvers);
-        let first_port = (20_000 + queries).to_string();
+        let connections = Decided {
+            done: sandbox.peer_in(&format!("random/{name}")).args(connect).run().ok().to_owned(),
+            explained: explained(sandbox, name, "tcp", &destinations),
+        };
+        let resolvers: Vec<String> = (0..DATAGRAMS).map(|_| random.resolver()).collect();
+        let first_port = (20_000 + seen.values().sum::<usize>() % 40_000).to_string();
         let ask = [["decide-queries", "stock.test", &first_port].as_slice(), &refs(&resolvers)].concat();
-        let observed = sandbox.peer_in(&format!("random/{name}")).args(ask).run();
-        for (line, expected) in observed.ok().lines().zip(&defined) {
-            let expected_line = if captures_dns && expected.steered { "steered" } else { "passed" };
-            assert_eq!(line, expected_line, "seed {}, {name}, a query: {expected:?}\n{settings}", *SEED);
-            queries += 1;
+        let datagrams = Decided {
+            done: sandbox.peer_in(&format!("random/{name}")).args(ask).run().ok().to_owned(),
+            explained: explained(sandbox, name, "udp", &resolvers),
+        };
+        connections.agree(CONNECTIONS, &context);
+        datagrams.agree(DATAGRAMS, &context);
+        let counted = Counters {
+            steered: connections.count("steered"),
+            passed_by_rule: connections.count("passed_by_rule"),
+            observed: connections.count("observed"),
+            queries: datagrams.count("query"),
+            ..Counters::default()
+        };
+        assert_eq!(agent.counters(name), counted, "{context}");
+        for Explained { decision, .. } in connections.explained.iter().chain(&datagrams.explained) {
+            *seen.entry(decision.clone()).or_default() += 1;
         }
     }
-    assert_eq!((decisions, queries), (POLICIES * CONNECTIONS, POLICIES * QUERIES));
-    let asked = agent.status().services.iter().map(|service| service.counters.queries).sum::<u64>();
-    assert!(asked > 0 && asked < queries as u64, "nothing but one answer tests nothing: {asked}");
-    let counted = agent.status().services.iter().map(|service| service.counters.steered).sum::<u64>();
-    assert!(counted > 0 && counted < decisions as u64, "nothing but one answer tests nothing: {counted}");
+    assert_eq!(seen.values().sum::<usize>(), POLICIES * (CONNECTIONS + DATAGRAMS));
+    let kinds = ["ignored", "observed", "passed_by_rule", "query", "steered"];
+    assert!(seen.keys().eq(kinds.iter()), "what never happens is not tested: {seen:?}");
+}
+
+/// What was done, line by line, and what `explain` said of it.
+struct Decided {
+    done: String,
+    explained: Vec<Explained>,
+}
+
+impl Decided {
+    #[track_caller]
+    fn agree(&self, number: usize, context: &str) {
+        assert_eq!((self.done.lines().count(), self.explained.len()), (number, number), "{context}");
+        for (done, explained) in self.done.lines().zip(&self.explained) {
+            let expected = match explained.decision.as_str() {
+                "steered" | "query" => "steered",
+                "passed_by_rule" | "observed" | "ignored" => "passed",
+                other => panic!("{other} is no decision here: {explained:?}, {context}"),
+            };
+            assert_eq!(done, expected, "{explained:?}, {context}");
+        }
+    }
+
+    fn count(&self, decision: &str) -> u64 {
+        self.explained.iter().filter(|explained| explained.decision == decision).count() as u64
+    }
 }
 
 /// What `explain --json` says.
@@ -88,18 +122,18 @@ struct Explanations {
     explained: Vec<Explained>,
 }
 
-/// What the definition says of a destination.
+/// What it says of a destination.
 #[derive(Debug, Deserialize)]
 struct Explained {
+    decision: String,
     #[expect(dead_code, reason = "shown where kernel and definition differ")]
     destination: String,
-    steered: bool,
     #[expect(dead_code, reason = "shown where kernel and definition differ")]
     because: String,
 }
 
-fn explained(sandbox: &Sandbox, service: &str, destinations: &[String]) -> Vec<Explained> {
-    let command = [["explain", "--json", service].as_slice(), &refs(destinations)].concat();
+fn explained(sandbox: &Sandbox, service: &str, proto: &str, destinations: &[String]) -> Vec<Explained> {
+    let command = [["explain", "--json", "--proto", proto, service].as_slice(), &refs(destinations)].concat();
     let finished = Agent::command(sandbox, &command);
     let Explanations { explained } =
         serde_json::from_str(finished.ok()).expect("what the definition says, as JSON");
@@ -121,14 +155,14 @@ impl Random {
         (self.0 >> 16) % bound
     }
 
-    /// Its settings, and whether its queries are captured.
-    fn service(&mut self, sandbox: &Sandbox, name: &str) -> (String, bool) {
+    /// Its settings.
+    fn service(&mut self, sandbox: &Sandbox, name: &str) -> String {
         let cgroup = sandbox.cgroup_at(&format!("random/{name}"));
         let (include, exclude) = (self.captures(1), self.captures(0));
         let base = ["all", "routable", "listed", "listed"][self.below(4) as usize];
         let dns = self.below(3) == 0;
         let capture = format!("base: {base}, dns: {dns}, include: [{include}], exclude: [{exclude}]");
-        (format!("  {name}: {{ cgroup: {cgroup}, capture: {{ {capture} }} }}\n"), dns)
+        format!("  {name}: {{ cgroup: {cgroup}, capture: {{ {capture} }} }}\n")
     }
 
     fn captures(&mut self, at_least: u64) -> String {
@@ -170,8 +204,8 @@ impl Random {
     }
 
     fn resolver(&mut self) -> String {
-        let host = self.below(8);
-        if self.below(2) == 0 { format!("10.0.0.{host}:53") } else { format!("[fd00::{host:x}]:53") }
+        let (host, port) = (self.below(8), if self.below(8) == 0 { 1 + self.below(20) } else { 53 });
+        if self.below(2) == 0 { format!("10.0.0.{host}:{port}") } else { format!("[fd00::{host:x}]:{port}") }
     }
 
     fn destination(&mut self) -> String {

@@ -65,6 +65,7 @@ mod differential;
 mod dns;
 mod enable;
 mod exec;
+mod explain;
 mod families;
 mod foreign;
 mod harness;
