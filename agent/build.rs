@@ -22,9 +22,13 @@ fn main() -> Result<(), Box<dyn Error>> {
     let target_dir = out.join("target");
     let flags =
         [&format!("--cfg=bpf_target_arch=\"{arch}\""), "-Cdebuginfo=2", "-Clink-arg=--btf"].join("\x1f");
+    let features = match env::var_os("CARGO_FEATURE_CHANGED_ABI") {
+        Some(_) => "programs,changed-abi",
+        None => "programs",
+    };
     let mut cargo = ebpf_toolchain::find()?.cargo();
     cargo
-        .args(["build", "--package", "agent-ebpf", "--features", "programs", "--bins", "--release"])
+        .args(["build", "--package", "agent-ebpf", "--features", features, "--bins", "--release"])
         .args(["-Z", "build-std=core", "--target", target, "--target-dir"])
         .arg(&target_dir)
         .env("CARGO_ENCODED_RUSTFLAGS", flags);

@@ -210,7 +210,7 @@ pub fn is_alive(listener: &Listener, now_ns: u64) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::{FAILURE_OPEN, NAME_LEN, PHASE_ENFORCE, PortRange};
+    use crate::{FAILURE_OPEN, NAME_LEN, PHASE_ENFORCE, PortRange, RESERVED};
     use core::cell::Cell;
     use std::net::{Ipv4Addr, Ipv6Addr};
 
@@ -253,7 +253,7 @@ mod tests {
                 phase: PHASE_ENFORCE,
                 proxy_port: 15001,
                 dns_port: 0,
-                reserved: 0,
+                reserved: [0; RESERVED],
                 name: [0; NAME_LEN],
             }),
             rules: Some(rules(&[(0, 65535, VERDICT_STEER)])),

@@ -11,8 +11,22 @@ pub mod watch;
 
 /// Version of everything in this crate that outlives a process: map names, keys, values and their meaning.
 ///
-/// Pins live below a directory that bears it, so two versions never mistake each other's maps.
-pub const ABI_VERSION: u32 = 4;
+/// Pins live below a directory that bears it, so two versions never mistake each other's maps. Whoever changes it keeps
+/// to what lets one version take over from another, and remove it:
+///
+/// - `PINS/vN/{maps,programs,links/SCOPE}/NAME` and nothing else; maps are `MR_…`, programs and links `mr_…`; SCOPE is
+///   `proxy-CGROUP` or `service-ID-CGROUP`, with the cgroup's id.
+/// - A program of a name in [`programs`] is for the hook that stands there. [`programs::LAST`] is pinned after all others
+///   and removed before them: with it the version can be attached, without it it cannot.
+/// - `MR_SCOPES` is cgroup storage of one u32, the id of a service, for every program at a hook that rewrites.
+/// - A key of `MR_CONNECTIONS`, of any size, is a steered connection that is still open.
+/// - Maps in [`maps::SHARED`] have the same meaning wherever their keys and values have the same sizes.
+pub const ABI_VERSION: u32 = 4 + CHANGED as u32;
+
+/// Built as another version of itself, for tests.
+const CHANGED: bool = cfg!(feature = "changed-abi");
+/// How long what is reserved in some values is: what makes their sizes differ in a changed ABI.
+pub const RESERVED: usize = if CHANGED { 3 } else { 1 };
 
 /// `AF_INET`, the same on every Linux architecture.
 pub const AF_INET: u16 = 2;
@@ -57,7 +71,7 @@ pub const MAX_SERVICES: u32 = 4096;
 /// CIDR entries of all services together.
 pub const MAX_RULES: u32 = 65_536;
 /// Port ranges that one CIDR of one service can carry, after ranges that overlap were resolved.
-pub const MAX_PORT_RANGES: usize = 16;
+pub const MAX_PORT_RANGES: usize = if CHANGED { 12 } else { 16 };
 /// Virtual addresses that can be known at once.
 pub const MAX_VIRTUAL: u32 = 131_072;
 /// Steered connections that can be open at once. Beyond that the kernel forgets the ones that it used least lately.
@@ -65,7 +79,7 @@ pub const MAX_CONNECTIONS: u32 = 65_536;
 
 /// Declares a value that crosses the boundary: `#[repr(C)]`, copyable, of an asserted size.
 macro_rules! shared {
-    ($(#[$meta:meta])* $name:ident: $size:literal { $($(#[$field_meta:meta])* $field:ident: $type:ty,)+ }) => {
+    ($(#[$meta:meta])* $name:ident: $size:tt { $($(#[$field_meta:meta])* $field:ident: $type:ty,)+ }) => {
         $(#[$meta])*
         #[repr(C)]
         #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -86,7 +100,7 @@ macro_rules! shared {
 
 shared! {
     /// One enabled service. Value of `MR_SERVICES`, keyed by the service's id (u32, never zero).
-    Service: 76 {
+    Service: (74 + 2 * RESERVED) {
         /// Which rules apply: the first part of [`RuleKey`]. Replaced together with the rules, in one map update.
         policy: u32,
         /// [`FAILURE_OPEN`] or [`FAILURE_CLOSED`].
@@ -98,7 +112,7 @@ shared! {
         /// Where it serves DNS on 127.0.0.1 and ::1; zero where queries are not captured.
         dns_port: u16,
         /// Zero.
-        reserved: u16,
+        reserved: [u16; RESERVED],
         /// The name, UTF-8, NUL padded.
         name: [u8; NAME_LEN],
     }
@@ -135,7 +149,7 @@ shared! {
     /// What happens to the ports of one CIDR. Value of `MR_RULES`.
     ///
     /// The ranges are disjoint and sorted; a port in none of them passes.
-    Rules: 132 {
+    Rules: (4 + 8 * MAX_PORT_RANGES) {
         /// How many of `ranges` count.
         len: u32,
         /// The ranges.
@@ -232,13 +246,13 @@ shared! {
 
 shared! {
     /// A connection between a client and the proxy. Value of `MR_CONNECTIONS`.
-    Connection: 48 {
+    Connection: (44 + 4 * RESERVED) {
         /// Where it was going.
         origin: Origin,
         /// Nonzero once the proxy's end exists, which owns the entry from then on.
         accepted: u32,
         /// Zero.
-        reserved: u32,
+        reserved: [u32; RESERVED],
     }
 }
 
@@ -504,6 +518,24 @@ pub mod maps {
         WATCH,
         LIMITS,
     ];
+
+    /// A map that versions share where the sizes of key and value are these, since it tells of sockets that outlive them.
+    #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+    pub struct Shared {
+        /// Its name.
+        pub name: &'static str,
+        /// Bytes of a key.
+        pub key: usize,
+        /// Bytes of a value.
+        pub value: usize,
+    }
+
+    /// All of these.
+    pub const SHARED: [Shared; 2] = [
+        // Keys of socket storage are descriptors.
+        Shared { name: LISTENERS, key: size_of::<i32>(), value: size_of::<super::Listener>() },
+        Shared { name: RESOLVERS, key: size_of::<super::ResolverKey>(), value: size_of::<[u8; 16]>() },
+    ];
 }
 
 /// The programs: their names in the kernel, and where they attach.
@@ -523,10 +555,8 @@ pub mod programs {
     pub const BPF_CGROUP_INET4_CONNECT: u32 = 10;
     /// See [`BPF_CGROUP_SOCK_OPS`].
     pub const BPF_CGROUP_INET6_CONNECT: u32 = 11;
-    /// See [`BPF_CGROUP_SOCK_OPS`].
-    pub const BPF_CGROUP_UDP4_SENDMSG: u32 = 14;
-    /// See [`BPF_CGROUP_SOCK_OPS`].
-    pub const BPF_CGROUP_UDP6_SENDMSG: u32 = 15;
+    const BPF_CGROUP_UDP4_SENDMSG: u32 = 14;
+    const BPF_CGROUP_UDP6_SENDMSG: u32 = 15;
     const BPF_CGROUP_UDP4_RECVMSG: u32 = 19;
     const BPF_CGROUP_UDP6_RECVMSG: u32 = 20;
     const BPF_CGROUP_GETSOCKOPT: u32 = 21;
@@ -558,10 +588,21 @@ pub mod programs {
     pub const PROXY: [Program; 2] =
         [program("mr_getsockopt", BPF_CGROUP_GETSOCKOPT), program("mr_proxy_ops", BPF_CGROUP_SOCK_OPS)];
 
-    /// All of them.
+    /// All of them, and [`LAST`] at the end.
     pub fn all() -> impl Iterator<Item = Program> {
         DATAGRAM.into_iter().chain(SERVICE).chain(PROXY)
     }
+
+    /// Pinned after all others, and removed before them.
+    pub const LAST: Program = PROXY[PROXY.len() - 1];
+
+    /// Hooks that rewrite where a connection or a datagram goes; at all others it is only restored and told.
+    pub const REWRITING: [u32; 4] = [
+        BPF_CGROUP_INET4_CONNECT,
+        BPF_CGROUP_INET6_CONNECT,
+        BPF_CGROUP_UDP4_SENDMSG,
+        BPF_CGROUP_UDP6_SENDMSG,
+    ];
 }
 
 /// Name of the constant in the object that says whether `bpf_get_netns_cookie` exists for every program type here (5.15).

@@ -2,8 +2,8 @@
 
 use agent_ebpf::{
     AF_INET, Connection, Counter, Counters, DECISIONS_BYTES, Endpoint, Ends, Event, Limit, Listener,
-    MAX_CONNECTIONS, MAX_RULES, MAX_SERVICES, MAX_VIRTUAL, Origin, RESOLVER_PORTS, ResolverKey, RuleKey,
-    Rules, Service, Track, Tracked, VirtualKey, Watch, decide::Destination,
+    MAX_CONNECTIONS, MAX_RULES, MAX_SERVICES, MAX_VIRTUAL, Origin, RESERVED, RESOLVER_PORTS, ResolverKey,
+    RuleKey, Rules, Service, Track, Tracked, VirtualKey, Watch, decide::Destination,
 };
 #[expect(
     deprecated,
@@ -156,7 +156,7 @@ fn listener_storage(sk: *mut bpf_sock, value: *mut Listener, flags: u64) -> Opti
 /// Lets the proxy find the origin of a connection that is about to reach it; false when there is no room for it.
 #[inline(always)]
 pub fn add_connection(ends: &Ends, origin: &Origin) -> bool {
-    let connection = Connection { origin: *origin, accepted: 0, reserved: 0 };
+    let connection = Connection { origin: *origin, accepted: 0, reserved: [0; RESERVED] };
     put(&MR_CONNECTIONS, ends, &connection, Track::ConnectionsAdded)
 }
 

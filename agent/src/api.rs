@@ -24,6 +24,9 @@ pub(crate) struct Status {
     pub(crate) mode: Mode,
     pub(crate) proxy: Proxy,
     pub(crate) services: Vec<Service>,
+    /// Other ABI versions of the programs that are still there for connections which they steered.
+    #[serde(default)]
+    pub(crate) retiring: Vec<u32>,
     /// How full the kernel's maps are; none where nothing is loaded, or steered without maps.
     pub(crate) maps: Vec<Map>,
 }

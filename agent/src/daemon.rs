@@ -299,7 +299,7 @@ impl Daemon {
         });
         let services = services.collect();
         let maps = self.redirect.usage()?.into_iter().map(api::Map::from).collect();
-        Ok(api::Status { mode: self.mode, proxy, services, maps })
+        Ok(api::Status { mode: self.mode, proxy, services, retiring: kernel.retiring, maps })
     }
 
     /// Makes another state the one that holds: on disk first, so that a crash leaves more wanted than done, never

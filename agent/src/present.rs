@@ -26,6 +26,10 @@ pub(crate) fn status(status: &api::Status) -> String {
         (None, _) => "not running: nothing is steered".to_owned(),
     };
     let _infallible = writeln!(text, "{} · proxy on port {} in {place}", status.mode, proxy.port);
+    for version in &status.retiring {
+        let _infallible =
+            writeln!(text, "ABI version {version} is still there, for connections that it steered");
+    }
     if status.services.is_empty() {
         text.push_str("no service is enabled\n");
         return text;
@@ -307,11 +311,13 @@ mod tests {
             proxy: api::Proxy { port: 15001, cgroup: None, attached: false },
             services: vec![service("idle", &[]), service("shop", &[("/a", true), ("/b", false)])],
             maps: vec![],
+            retiring: vec![3],
         });
         assert!(
             shown.starts_with("ebpf · proxy on port 15001 in not running: nothing is steered\n"),
             "{shown}"
         );
+        assert!(shown.contains("\nABI version 3 is still there"), "{shown}");
         assert!(shown.contains("idle     (not running)"), "{shown}");
         assert!(shown.contains("shop     /a"), "{shown}");
         assert!(shown.contains("         /b (not attached)\n"), "{shown}");

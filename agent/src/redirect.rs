@@ -212,6 +212,8 @@ pub(crate) struct Status {
     pub(crate) proxies: Vec<u64>,
     /// What is known of each service.
     pub(crate) services: Vec<ServiceStatus>,
+    /// Other ABI versions whose place was taken, and that are still there for connections which they steered.
+    pub(crate) retiring: Vec<u32>,
 }
 
 /// What the kernel says of one service.

@@ -166,7 +166,7 @@ fn load(sandbox: &Sandbox) -> Running {
 
 /// None failed, and none went past the proxy.
 #[track_caller]
-fn every_request_was_proxied(load: Running) -> usize {
+pub(crate) fn every_request_was_proxied(load: Running) -> usize {
     let finished = load.finish();
     let answered = proxied(finished.ok());
     assert!(answered > 500, "too little load to tell: {answered} requests");
@@ -180,6 +180,6 @@ fn proxied(answers: &str) -> usize {
     answers.total()
 }
 
-fn origin() -> String {
+pub(crate) fn origin() -> String {
     format!("{ORIGIN}:8080")
 }

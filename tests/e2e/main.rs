@@ -82,4 +82,5 @@ mod scope;
 mod systemd;
 mod tunnel;
 mod undo;
+mod upgrades;
 mod watch;

@@ -2,13 +2,14 @@
 
 use std::time::Duration;
 
-use tests::{Mesh, ORIGIN, Place, Sandbox, answers, ask, eventually};
+use tests::{Agent, Footprint, Mesh, ORIGIN, Place, Sandbox, answers, ask, eventually};
 
 scenarios![only nftables:
     without_a_daemon_the_kernel_lets_go_after_three_seconds,
     without_a_daemon_a_closed_service_is_refused_after_three_seconds,
     a_flushed_table_is_repaired,
     counters_outlive_a_change_of_the_table,
+    a_table_of_another_version_is_replaced_and_removed_whole,
 ];
 
 const SOON: Duration = Duration::from_secs(5);
@@ -46,6 +47,40 @@ fn counters_outlive_a_change_of_the_table(sandbox: &Sandbox) {
     answers(sandbox).are_balanced();
     assert_eq!(mesh.agent.counters("shop").steered, 12);
     assert_eq!(mesh.agent.counters("stock").steered, 0);
+}
+
+/// Sets, maps, chains and counters that this version does not know, and another fingerprint.
+const OF_ANOTHER_VERSION: &str = "
+nft flush chain inet mesh_redirect output
+nft -f - <<END
+table inet mesh_redirect {
+    counter future_count {}
+    set future_set { type ipv4_addr . inet_service; flags interval; elements = { 10.0.0.0/8 . 80-90 }; }
+    chain future { counter name future_count ip daddr . tcp dport @future_set return; }
+    map future_map { type ipv4_addr : verdict; elements = { 10.77.0.10 : jump future }; }
+    chain future_hook { type filter hook output priority 0; policy accept; ip daddr vmap @future_map; }
+    chain output { ip daddr vmap @future_map comment \"mesh-redirect 99.0.0 0123456789abcdef\"; }
+}
+END
+";
+
+fn a_table_of_another_version_is_replaced_and_removed_whole(sandbox: &Sandbox) {
+    let mesh = Mesh::enabled(sandbox, "");
+    let steering = Footprint::of(sandbox);
+    mesh.agent.stop();
+    let become_another = || sandbox.program(Place::Outside, "sh").args(["-ec", OF_ANOTHER_VERSION]).run();
+    become_another().ok();
+    assert_ne!(Footprint::of(sandbox), steering);
+
+    let agent = Agent::restart(sandbox);
+    assert_eq!(Footprint::of(sandbox), steering);
+    eventually("the service is steered again", SOON, || {
+        ask(sandbox, Place::Shop, &origin()).ok() != "origin"
+    });
+    agent.stop();
+    become_another().ok();
+    Agent::command(sandbox, &["cleanup"]).ok();
+    assert!(Footprint::of(sandbox).is_empty());
 }
 
 fn origin() -> String {

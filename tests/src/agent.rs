@@ -10,6 +10,34 @@ use crate::host;
 use crate::process::{Finished, Process, Program};
 use crate::sandbox::{Place, Sandbox};
 
+/// The agent, built with one version of its ABI or another.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Build {
+    /// As it is.
+    Plain,
+    /// With the feature `changed-abi`.
+    ChangedAbi,
+}
+
+impl Build {
+    /// Its binary.
+    pub fn binary(self) -> PathBuf {
+        match self {
+            Self::Plain => host::binary("mesh-redirect"),
+            Self::ChangedAbi => host::binary("changed-abi/mesh-redirect"),
+        }
+    }
+
+    /// The other one.
+    #[must_use]
+    pub fn other(self) -> Self {
+        match self {
+            Self::Plain => Self::ChangedAbi,
+            Self::ChangedAbi => Self::Plain,
+        }
+    }
+}
+
 /// A running `mesh-redirect run`.
 #[derive(Debug)]
 pub struct Agent<'s> {
@@ -22,6 +50,8 @@ pub struct Agent<'s> {
 pub struct Status {
     /// The enabled services.
     pub services: Vec<ServiceStatus>,
+    /// Other versions of the ABI that are still there.
+    pub retiring: Vec<u32>,
     /// How full the kernel's maps are.
     pub maps: Vec<MapStatus>,
 }
@@ -117,7 +147,14 @@ services:
     /// Starts the daemon with the configuration that is there.
     #[track_caller]
     pub fn restart(sandbox: &'s Sandbox) -> Self {
-        let mut process = Self::program(sandbox, &["run"]).serve(sandbox.path("agent.log"));
+        Self::restart_as(Build::Plain, sandbox)
+    }
+
+    /// The same, of another build.
+    #[track_caller]
+    pub fn restart_as(build: Build, sandbox: &'s Sandbox) -> Self {
+        let run = Self::program_of(build, sandbox, Place::Outside, &["run"]);
+        let mut process = run.serve(sandbox.path("agent.log"));
         process.wait_until(|_| Self::command(sandbox, &["status"]).succeeded());
         Self { sandbox, process }
     }
@@ -130,8 +167,13 @@ services:
 
     /// The same, to be started by the caller.
     pub fn program<'a>(sandbox: &'a Sandbox, args: &[&str]) -> Program<'a> {
+        Self::program_of(Build::Plain, sandbox, Place::Outside, args)
+    }
+
+    /// The same, of another build and elsewhere.
+    pub fn program_of<'a>(build: Build, sandbox: &'a Sandbox, place: Place, args: &[&str]) -> Program<'a> {
         let config = config(sandbox).display().to_string();
-        sandbox.program(Place::Outside, host::binary("mesh-redirect")).args(["--config", &config]).args(args)
+        sandbox.program(place, build.binary()).args(["--config", &config]).args(args)
     }
 
     /// The arguments with which a container's runtime is to run it.

@@ -32,7 +32,7 @@ mod wait;
 
 pub mod http;
 
-pub use agent::{Agent, Counters, MapStatus, ServiceStatus, Status};
+pub use agent::{Agent, Build, Counters, MapStatus, ServiceStatus, Status};
 pub use cgroup::cgroup_path;
 pub use container::Container;
 pub use host::{binaries, binary, use_binaries};

@@ -2,7 +2,7 @@
 
 use anyhow::{Context as _, ensure};
 use std::{
-    env,
+    env, fs,
     path::{Path, PathBuf},
     process::Command,
     time::Instant,
@@ -10,6 +10,8 @@ use std::{
 
 /// What tests, demo and benches run: the profile's name, which is its folder's too.
 pub(crate) const PROFILE: &str = "fast";
+
+const AGENT: &str = "mesh-redirect";
 
 /// The root of the workspace.
 pub(crate) fn workspace() -> &'static Path {
@@ -33,6 +35,21 @@ pub(crate) fn cargo(args: &[&str]) -> Command {
 pub(crate) fn everything() -> anyhow::Result<PathBuf> {
     run(cargo(&["build", "--workspace", "--locked", "--profile", PROFILE]))?;
     Ok(binaries(PROFILE))
+}
+
+/// Builds the agent with another version of its ABI too, for the tests that go from one to the other: cargo keeps what it
+/// compiled of both, and puts the one that is built last where binaries are found.
+pub(crate) fn changed_abi() -> anyhow::Result<()> {
+    let features = ["--features", "agent/changed-abi"];
+    run(cargo(&[&["build", "--workspace", "--locked", "--profile", PROFILE], &features[..]].concat()))?;
+    let (from, to) = (binaries(PROFILE), binaries(PROFILE).join("changed-abi"));
+    fs::create_dir_all(&to).with_context(|| format!("make {}", to.display()))?;
+    let copy = to.join(AGENT);
+    // By another name first: a test that was left running may have it open.
+    let next = to.join("next");
+    fs::copy(from.join(AGENT), &next)
+        .and_then(|_| fs::rename(&next, &copy))
+        .with_context(|| format!("copy {AGENT} to {}", copy.display()))
 }
 
 /// Runs a command to its end; what it says goes to the terminal.

@@ -14,6 +14,7 @@ pub(crate) fn run(filter: Option<&str>) -> anyhow::Result<()> {
         step("lints", lints)?;
     }
     step("unit and doc tests", || unit_tests(filter))?;
+    step("build of the other ABI", build::changed_abi)?;
     step("build", build::everything)?;
     step("end-to-end tests", || end_to_end_tests(filter))
 }

@@ -13,7 +13,7 @@ use crate::{
 };
 use agent_ebpf::{
     AF_INET, DNS_PORT, FAILURE_CLOSED, FAILURE_OPEN, MAX_PORT_RANGES, NAME_LEN, PHASE_ENFORCE, PHASE_OBSERVE,
-    PortRange, RuleKey, Rules, Service, VERDICT_STEER,
+    PortRange, RESERVED, RuleKey, Rules, Service, VERDICT_STEER,
     decide::{self, Attempt, Decision, Destination, Host, Transport},
 };
 use serde::Serialize;
@@ -250,7 +250,7 @@ impl<'a> Hook<'a> {
             phase: if now.observed { PHASE_OBSERVE } else { PHASE_ENFORCE },
             proxy_port: config.proxy.port,
             dns_port: if policy.dns.value { config.proxy.dns_port } else { 0 },
-            reserved: 0,
+            reserved: [0; RESERVED],
             name: [0; NAME_LEN],
         };
         Self { service, rules: is_steered.then_some(Rules { len: 1, ranges }), now }

@@ -8,6 +8,7 @@ mod error;
 mod maps;
 mod object;
 mod pins;
+mod retire;
 mod usage;
 mod written;
 
@@ -15,9 +16,10 @@ pub(crate) use object::{others, try_load};
 
 pub(crate) use decisions::{Decisions, monotonic};
 pub(crate) use error::Error;
-use maps::Maps;
+use maps::{Maps, Scopes};
 use object::Loader;
 use pins::{Owner, Pins};
+use retire::Retiring;
 use usage::Evicted;
 pub(crate) use usage::MapUsage;
 use written::Written;
@@ -44,6 +46,7 @@ pub(crate) struct Ebpf {
     written: Written,
     attached: BTreeSet<pins::Scope>,
     evicted: Evicted,
+    retiring: Retiring,
 }
 
 impl Ebpf {
@@ -58,6 +61,7 @@ impl Ebpf {
             written: Written::default(),
             attached: BTreeSet::new(),
             evicted: Evicted::default(),
+            retiring: Retiring::default(),
         }
     }
 
@@ -69,33 +73,38 @@ impl Ebpf {
     /// Makes the kernel steer what is desired and nothing else.
     ///
     /// May be repeated, and goes on from wherever an earlier call was killed. Cgroups that vanished meanwhile are not
-    /// errors.
+    /// errors. Where another version steers, this one takes its place: the other one goes when all else is done.
     pub(crate) fn apply(&mut self, desired: &Desired) -> Result<(), Error> {
         if desired.services.is_empty() {
             self.loader.get_or_insert_with(|| Box::new(object::loader()));
             return self.remove();
         }
+        let others = self.pins.others()?;
         if !self.loaded {
+            others.iter().try_for_each(Pins::check)?;
             object::load(&self.pins, self.loader.take().map_or_else(object::loader, |loader| *loader))?;
             self.loaded = true;
         }
         let present: BTreeSet<pins::Scope> = self.pins.scopes()?.into_iter().collect();
         self.attached.retain(|scope| present.contains(scope));
         let mut maps = Maps::open(&self.pins)?;
+        let mut scopes = Scopes::open(&self.pins)?;
         if let Some(cgroup) = &desired.proxy {
-            let anew = self.attach(Owner::Proxy, cgroup, &programs::PROXY)?;
+            let anew = attach(&self.pins, Owner::Proxy, cgroup, &programs::PROXY)?;
+            let takes_over = others.iter().any(Pins::are_complete);
             // One that is asked whether it is ready sends its heartbeats before it says so.
-            if anew && cgroup.is_populated() && !ready::says_ready(self.proxy_admin) {
+            if (anew || takes_over) && cgroup.is_populated() && !ready::says_ready(self.proxy_admin) {
                 thread::sleep(TWO_HEARTBEATS);
             }
         }
         for service in &desired.services {
             self.written.write(&mut maps, service)?;
-            self.attach_all(&mut maps, service)?;
+            self.attach_all(&mut scopes, service)?;
         }
         self.written.write_virtual(&mut maps, &desired.virtual_addresses)?;
         self.detach_others(desired)?;
-        self.written.prune(&mut maps, desired)
+        self.written.prune(&mut maps, desired)?;
+        self.retiring.go_on(&others)
     }
 
     /// Whether a service, or the proxy, is attached to a cgroup that is there and not desired for it.
@@ -103,46 +112,73 @@ impl Ebpf {
         let wanted = wanted_scopes(desired);
         let owners: BTreeSet<Owner> =
             desired.services.iter().map(|service| Owner::Service(service.id)).collect();
-        let is_elsewhere = |scope: &pins::Scope| {
-            let is_enabled = scope.owner == Owner::Proxy || owners.contains(&scope.owner);
-            is_enabled && !wanted.contains(scope) && self.pins.is_somewhere(*scope)
-        };
-        Ok(self.pins.scopes()?.iter().any(is_elsewhere))
+        for pins in self.pins.all()? {
+            for scope in pins.scopes()? {
+                let is_enabled = scope.owner == Owner::Proxy || owners.contains(&scope.owner);
+                if is_enabled && !wanted.contains(&scope) && pins.is_somewhere(scope)? {
+                    return Ok(true);
+                }
+            }
+        }
+        Ok(false)
     }
 
     /// Makes the kernel steer one service, whatever else it steers; for a unit that is about to start.
     pub(crate) fn attach_service(&mut self, service: &Service) -> Result<(), Error> {
-        object::load_if_absent(&self.pins)?;
-        let mut maps = Maps::open(&self.pins)?;
-        // What a daemon wrote is left as it is.
-        if !maps.has_service(service)? {
-            self.written.write(&mut maps, service)?;
+        for pins in self.attachable()? {
+            if pins.are_ours() {
+                let mut maps = Maps::open(&pins)?;
+                // What a daemon wrote is left as it is.
+                if !maps.has_service(service)? {
+                    self.written.write(&mut maps, service)?;
+                }
+            }
+            let mut scopes = Scopes::open(&pins)?;
+            let programs = pins.known(&programs_of(service))?;
+            for cgroup in &service.scopes {
+                absent_is_fine(attach_service(&pins, &mut scopes, service, cgroup, &programs))?;
+            }
         }
-        self.attach_all(&mut maps, service)
+        Ok(())
     }
 
     /// Makes a cgroup the proxy's; for a proxy that is about to start.
     pub(crate) fn attach_proxy(&mut self, cgroup: &Cgroup) -> Result<(), Error> {
-        object::load_if_absent(&self.pins)?;
-        self.attach(Owner::Proxy, cgroup, &programs::PROXY).map(drop)
+        for pins in self.attachable()? {
+            attach(&pins, Owner::Proxy, cgroup, &pins.known(&programs::PROXY)?)?;
+        }
+        Ok(())
     }
 
-    /// Removes everything of ours, of this version. Connections that were steered live on.
+    /// The version that steers, which is another one than this where the daemon is: a new binary is there before its daemon
+    /// is. Where a daemon was killed while it took another's place, there are two, and either may be the one that knows the
+    /// proxy: then both.
+    fn attachable(&self) -> Result<Vec<Pins>, Error> {
+        let mut complete = self.pins.all()?;
+        complete.retain(Pins::are_complete);
+        if complete.is_empty() {
+            object::load_if_absent(&self.pins)?;
+            complete.push(self.pins.clone());
+        }
+        complete.sort_by_key(|pins| !pins.are_ours());
+        Ok(complete)
+    }
+
+    /// Removes everything of ours, of every version. Connections that were steered live on.
     pub(crate) fn remove(&mut self) -> Result<(), Error> {
         self.written = Written::default();
         self.attached.clear();
         self.evicted = Evicted::default();
         self.loaded = false;
-        for scope in self.pins.scopes()? {
-            self.pins.remove_scope(scope)?;
-        }
-        self.pins.remove_all()
+        self.pins.all()?.iter().try_for_each(retire::remove)?;
+        self.pins.remove_root()
     }
 
     /// What the kernel says is there.
     pub(crate) fn status(&self) -> Result<Status, Error> {
-        let mut status = Status::default();
-        if !self.pins.exist() {
+        let retiring = self.pins.others()?.iter().map(Pins::version).collect();
+        let mut status = Status { retiring, ..Status::default() };
+        if !self.pins.are_complete() {
             return Ok(status);
         }
         let maps = Maps::open(&self.pins)?;
@@ -164,49 +200,25 @@ impl Ebpf {
 
     /// How full the maps are; none while there are none.
     pub(crate) fn usage(&mut self) -> Result<Vec<MapUsage>, Error> {
-        if self.pins.exist() { self.evicted.usage(&self.pins) } else { Ok(Vec::new()) }
+        if self.pins.are_complete() { self.evicted.usage(&self.pins) } else { Ok(Vec::new()) }
     }
 
-    fn attach_all(&mut self, maps: &mut Maps, service: &Service) -> Result<(), Error> {
+    fn attach_all(&mut self, scopes: &mut Scopes, service: &Service) -> Result<(), Error> {
+        let programs = programs_of(service);
         for cgroup in &service.scopes {
             let scope = pins::Scope { owner: Owner::Service(service.id), cgroup: cgroup.id };
             if self.attached.contains(&scope) {
                 continue;
             }
-            let programs = programs_of(service);
-            let attached = self.attach(scope.owner, cgroup, &programs);
+            let attached = attach_service(&self.pins, scopes, service, cgroup, &programs);
             if service.dns_port.is_none() {
                 self.pins.remove_links(scope, &programs::DATAGRAM)?;
             }
-            match attached.and_then(|_| maps.set_scope(cgroup, service.id, &programs)) {
-                Ok(()) => _ = self.attached.insert(scope),
-                Err(Error::Gone { .. }) => {}
-                Err(error) => return Err(error),
+            if absent_is_fine(attached)? {
+                self.attached.insert(scope);
             }
         }
         Ok(())
-    }
-
-    /// Attaches programs to a cgroup and pins the links, as far as they are not there. True when one was not.
-    fn attach(&self, owner: Owner, cgroup: &Cgroup, programs: &[Program]) -> Result<bool, Error> {
-        let scope = pins::Scope { owner, cgroup: cgroup.id };
-        self.pins.create_scope(scope)?;
-        let mut anew = false;
-        for &program in programs {
-            if self.pins.has_link(scope, program) {
-                continue;
-            }
-            let attached = object::link(&self.pins, program, cgroup)
-                .and_then(|link| self.pins.pin_link(scope, program, link.as_fd()));
-            if let Err(error) = attached {
-                if matches!(error, Error::Gone { .. }) {
-                    self.pins.remove_scope(scope)?;
-                }
-                return Err(error);
-            }
-            anew = true;
-        }
-        Ok(anew)
     }
 
     /// Detaches from what is no longer desired.
@@ -218,6 +230,48 @@ impl Ebpf {
             }
         }
         Ok(())
+    }
+}
+
+/// Attaches a service's programs to a cgroup, and says whose they are there.
+fn attach_service(
+    pins: &Pins,
+    scopes: &mut Scopes,
+    service: &Service,
+    cgroup: &Cgroup,
+    programs: &[Program],
+) -> Result<(), Error> {
+    attach(pins, Owner::Service(service.id), cgroup, programs)?;
+    scopes.set(cgroup, service.id, programs)
+}
+
+/// Attaches programs to a cgroup and pins the links, as far as they are not there. True when one was not.
+fn attach(pins: &Pins, owner: Owner, cgroup: &Cgroup, programs: &[Program]) -> Result<bool, Error> {
+    let scope = pins::Scope { owner, cgroup: cgroup.id };
+    pins.create_scope(scope)?;
+    let mut anew = false;
+    for &program in programs {
+        if pins.has_link(scope, program) {
+            continue;
+        }
+        let attached =
+            object::link(pins, program, cgroup).and_then(|link| pins.pin_link(scope, program, link.as_fd()));
+        if let Err(error) = attached {
+            if matches!(error, Error::Gone { .. }) {
+                pins.remove_scope(scope)?;
+            }
+            return Err(error);
+        }
+        anew = true;
+    }
+    Ok(anew)
+}
+
+/// Whether it was done to a cgroup that is still there.
+fn absent_is_fine(attached: Result<(), Error>) -> Result<bool, Error> {
+    match attached {
+        Err(Error::Gone { .. }) => Ok(false),
+        attached => attached.map(|()| true),
     }
 }
 

@@ -120,6 +120,7 @@ impl Hosts {
         Ok(Status {
             proxies: desired.proxy.iter().map(|cgroup| cgroup.id).collect(),
             services: desired.services.iter().map(service).collect(),
+            retiring: Vec::new(),
         })
     }
 

@@ -150,6 +150,7 @@ impl Nftables {
             // Nothing has to be attached to the proxy.
             proxies: desired.proxy.iter().map(|cgroup| cgroup.id).collect(),
             services: desired.services.iter().map(service).collect(),
+            retiring: Vec::new(),
         })
     }
 }

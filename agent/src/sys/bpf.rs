@@ -14,6 +14,7 @@ use std::{
     path::Path,
 };
 
+const BPF_MAP_GET_NEXT_KEY: u32 = 4;
 const BPF_OBJ_PIN: u32 = 6;
 const BPF_OBJ_GET: u32 = 7;
 const BPF_OBJ_GET_INFO_BY_FD: u32 = 15;
@@ -32,7 +33,8 @@ pub(crate) struct CgroupLinkInfo {
     padding: u32,
     /// Id of the cgroup; zero once the cgroup is gone.
     pub(crate) cgroup_id: u64,
-    attach_type: u32,
+    /// `enum bpf_attach_type`: which hook it is.
+    pub(crate) attach_type: u32,
     tail: u32,
 }
 
@@ -138,6 +140,26 @@ pub(crate) fn count_entries(map: BorrowedFd<'_>, key_size: usize, value_size: us
             Err(error) => return Err(error),
         }
         attr.from = at;
+    }
+}
+
+/// Whether a map has no entry; its keys have so many bytes. Linux 4.12.
+pub(crate) fn is_empty(map: BorrowedFd<'_>, key_size: usize) -> io::Result<bool> {
+    #[repr(C)]
+    struct Attr {
+        map: u32,
+        padding: u32,
+        key: u64,
+        next_key: u64,
+    }
+    let mut first = vec![0_u8; key_size];
+    // After no key comes the first one.
+    let next_key = first.as_mut_ptr().expose_provenance() as u64;
+    let mut attr = Attr { map: map.as_raw_fd() as u32, padding: 0, key: 0, next_key };
+    match bpf(BPF_MAP_GET_NEXT_KEY, &mut attr) {
+        Ok(_) => Ok(false),
+        Err(error) if error.raw_os_error() == Some(libc::ENOENT) => Ok(true),
+        Err(error) => Err(error),
     }
 }
 

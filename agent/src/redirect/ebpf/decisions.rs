@@ -24,7 +24,7 @@ impl Decisions {
     /// Over the pins at a directory; none while nothing is loaded.
     pub(crate) fn open(pins: PathBuf) -> Result<Option<Self>, Error> {
         let pins = Pins::new(pins);
-        if !pins.exist() {
+        if !pins.are_complete() {
             return Ok(None);
         }
         let watch = open(&pins, maps::WATCH)?;

@@ -65,16 +65,25 @@ pub(crate) enum Error {
         /// Why.
         cause: io::Error,
     },
-    /// Pins of another ABI version are there.
+    /// Pins of another ABI version are there, and something that no version would have put among them.
     #[error(
-        "{path} holds pins of ABI version {found}, and this binary speaks version {ours}; run `mesh-redirect cleanup` of the version that made them first",
+        "{path} is nothing that mesh-redirect of ABI version {ours} knows, so it cannot take over from version {version}; remove it if somebody else put it there, else run `mesh-redirect cleanup` of the version that made it",
         path = .path.display(), ours = agent_ebpf::ABI_VERSION
     )]
-    OtherVersion {
-        /// Where.
+    Unknown {
+        /// What.
         path: PathBuf,
-        /// Their directory's name.
-        found: String,
+        /// Whose pins they are.
+        version: u32,
+    },
+    /// The programs that are to be attached are those of another ABI version, and one is for nobody knows which hook.
+    #[error(
+        "attach {path}: mesh-redirect of ABI version {ours} does not know for which hook it is; the daemon is of another version than this command: restart it (`systemctl restart mesh-redirect`)",
+        path = .path.display(), ours = agent_ebpf::ABI_VERSION
+    )]
+    UnknownProgram {
+        /// Its pin.
+        path: PathBuf,
     },
 }
 

@@ -9,12 +9,8 @@ use super::{Cgroup, Error, Program, Service, pins::Pins};
 use crate::{config::Failure, rules::Entry};
 use agent_ebpf::{
     Counters, Endpoint, FAILURE_CLOSED, FAILURE_OPEN, MAX_RULES, MAX_SERVICES, MAX_VIRTUAL, NAME_LEN,
-    PHASE_ENFORCE, PHASE_OBSERVE, RuleKey, Rules, VirtualKey,
-    decide::Destination,
-    maps,
-    programs::{
-        BPF_CGROUP_INET4_CONNECT, BPF_CGROUP_INET6_CONNECT, BPF_CGROUP_UDP4_SENDMSG, BPF_CGROUP_UDP6_SENDMSG,
-    },
+    PHASE_ENFORCE, PHASE_OBSERVE, RESERVED, RuleKey, Rules, VirtualKey, decide::Destination, maps,
+    programs::REWRITING,
 };
 use aya::maps::{
     CgroupStorage, CgroupStorageKey, HashMap, LpmTrie, Map, MapData, MapError, PerCpuHashMap, PerCpuValues,
@@ -26,26 +22,22 @@ use std::{
     net::{IpAddr, SocketAddr},
 };
 
-/// See the module.
+/// Every map but [`Scopes`].
 pub(super) struct Maps {
     services: HashMap<MapData, u32, agent_ebpf::Service>,
     rules: LpmTrie<MapData, RuleKey, Rules>,
     counters: PerCpuHashMap<MapData, u32, Counters>,
-    scopes: CgroupStorage<MapData, u32>,
     virtual_addresses: HashMap<MapData, VirtualKey, Endpoint>,
 }
 
 impl Maps {
     pub(super) fn open(pins: &Pins) -> Result<Self, Error> {
-        let open = |name: &'static str| {
-            MapData::from_pin(pins.map(name)).and_then(Map::from_map_data).map_err(failed("open", name))
-        };
+        let open = |name| open(pins, name);
         let wrong = |name: &'static str| move |cause| failed("open", name)(cause);
         Ok(Self {
             services: open(maps::SERVICES)?.try_into().map_err(wrong(maps::SERVICES))?,
             rules: open(maps::RULES)?.try_into().map_err(wrong(maps::RULES))?,
             counters: open(maps::COUNTERS)?.try_into().map_err(wrong(maps::COUNTERS))?,
-            scopes: open(maps::SCOPES)?.try_into().map_err(wrong(maps::SCOPES))?,
             virtual_addresses: open(maps::VIRTUAL)?.try_into().map_err(wrong(maps::VIRTUAL))?,
         })
     }
@@ -103,24 +95,10 @@ impl Maps {
             phase: if service.observe { PHASE_OBSERVE } else { PHASE_ENFORCE },
             proxy_port: service.proxy_port,
             dns_port: service.dns_port.unwrap_or_default(),
-            reserved: 0,
+            reserved: [0; RESERVED],
             name: padded(&service.name),
         };
         self.services.insert(service.id, value, 0).map_err(written(maps::SERVICES, MAX_SERVICES))
-    }
-
-    /// Says whose policy holds in a cgroup to which programs are attached.
-    pub(super) fn set_scope(&mut self, cgroup: &Cgroup, id: u32, programs: &[Program]) -> Result<(), Error> {
-        let attach_types = programs.iter().map(|program| program.attach_type);
-        for attach_type in attach_types.filter(|attach_type| DECIDING.contains(attach_type)) {
-            match self.scopes.insert(CgroupStorageKey::new(cgroup.id, attach_type), id, 0) {
-                Err(error) if errno(&error) == Some(libc::ENOENT) => {
-                    return Err(Error::Gone { program: "mr_connect4", cgroup: cgroup.clone() });
-                }
-                result => result.map_err(failed("write", maps::SCOPES))?,
-            }
-        }
-        Ok(())
     }
 
     /// Makes virtual addresses lead where they shall, and no others anywhere.
@@ -196,9 +174,32 @@ impl Maps {
     }
 }
 
-/// Hooks that ask whose policy it is.
-const DECIDING: [u32; 4] =
-    [BPF_CGROUP_INET4_CONNECT, BPF_CGROUP_INET6_CONNECT, BPF_CGROUP_UDP4_SENDMSG, BPF_CGROUP_UDP6_SENDMSG];
+/// The map that says whose policy holds where: alike in every version.
+pub(super) struct Scopes(CgroupStorage<MapData, u32>);
+
+impl Scopes {
+    pub(super) fn open(pins: &Pins) -> Result<Self, Error> {
+        open(pins, maps::SCOPES)?.try_into().map(Self).map_err(failed("open", maps::SCOPES))
+    }
+
+    /// Says whose policy holds in a cgroup to which programs are attached.
+    pub(super) fn set(&mut self, cgroup: &Cgroup, id: u32, programs: &[Program]) -> Result<(), Error> {
+        let attach_types = programs.iter().map(|program| program.attach_type);
+        for attach_type in attach_types.filter(|attach_type| REWRITING.contains(attach_type)) {
+            match self.0.insert(CgroupStorageKey::new(cgroup.id, attach_type), id, 0) {
+                Err(error) if errno(&error) == Some(libc::ENOENT) => {
+                    return Err(Error::Gone { program: "mr_connect4", cgroup: cgroup.clone() });
+                }
+                result => result.map_err(failed("write", maps::SCOPES))?,
+            }
+        }
+        Ok(())
+    }
+}
+
+fn open(pins: &Pins, name: &'static str) -> Result<Map, Error> {
+    MapData::from_pin(pins.map(name)).and_then(Map::from_map_data).map_err(failed("open", name))
+}
 
 fn destination(address: SocketAddr) -> Destination {
     match address.ip() {

@@ -8,6 +8,7 @@ use agent_ebpf::{
 };
 use aya::{
     Ebpf, EbpfLoader,
+    maps::MapInfo,
     programs::{ProgramError, ProgramInfo},
     util::KernelVersion,
 };
@@ -26,6 +27,7 @@ static OBJECT: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/me
 /// those that are attached: no connection goes without a program meanwhile. Programs that are the same stay.
 pub(super) fn load(pins: &Pins, loader: Loader) -> Result<(), Error> {
     pins.create()?;
+    share_maps(pins)?;
     let mut ebpf = load_object(pins, loader)?;
     load_programs(&mut ebpf)?;
     let loaded = |program: Program| {
@@ -33,13 +35,36 @@ pub(super) fn load(pins: &Pins, loader: Loader) -> Result<(), Error> {
         ebpf.program(program.name).map(|loaded| (program, loaded)).ok_or_else(absent)
     };
     let loaded: Vec<_> = programs::all().map(loaded).collect::<Result<_, _>>()?;
-    if pins.exist() && loaded.iter().all(|(program, loaded)| is_pinned(pins, *program, loaded)) {
+    if pins.are_complete() && loaded.iter().all(|(program, loaded)| is_pinned(pins, *program, loaded)) {
         return Ok(());
     }
     for (program, loaded) in loaded {
         replace_pin(pins, program, loaded)?;
     }
     update_links(pins)
+}
+
+/// Pins what tells of sockets that outlive a version under this version's names too: which listeners are the proxy's, so
+/// that one is known that was opened before, and which of its ports stands for which resolver, for those that are asked
+/// there.
+fn share_maps(pins: &Pins) -> Result<(), Error> {
+    let mut others = pins.others()?;
+    others.sort_by_key(|other| !other.are_complete());
+    for map in maps::SHARED.iter().filter(|map| !pins.map(map.name).exists()) {
+        let Some(other) = others.iter().map(|other| other.map(map.name)).find(|path| is_alike(path, map))
+        else {
+            continue;
+        };
+        let path = pins.map(map.name);
+        let shared = bpf::open_pin(&other).and_then(|other| bpf::pin(other.as_fd(), &path));
+        shared.map_err(|cause| Error::Pin { action: "create", path, cause })?;
+    }
+    Ok(())
+}
+
+fn is_alike(path: &Path, map: &maps::Shared) -> bool {
+    MapInfo::from_pin(path)
+        .is_ok_and(|info| info.key_size() as usize == map.key && info.value_size() as usize == map.value)
 }
 
 /// Loads every program, all at once: the kernel takes milliseconds to verify one, and somebody waits for `enable`.
@@ -64,7 +89,7 @@ fn is_pinned(pins: &Pins, program: Program, loaded: &aya::programs::Program) -> 
 
 /// As [`load`], where no programs are pinned.
 pub(super) fn load_if_absent(pins: &Pins) -> Result<(), Error> {
-    if pins.exist() { Ok(()) } else { load(pins, loader()) }
+    if pins.are_complete() { Ok(()) } else { load(pins, loader()) }
 }
 
 /// Loads the programs and lets them go again: whether this kernel takes them.

@@ -215,10 +215,29 @@ fn time_connect(address: SocketAddr) -> io::Result<String> {
     Ok(begun.elapsed().as_nanos().to_string())
 }
 
-/// A few clients, each of which connects anew for every request.
-pub(crate) fn load(address: SocketAddr, clients: usize, milliseconds: u64) -> anyhow::Result<()> {
-    let end = Instant::now() + Duration::from_millis(milliseconds);
-    let threads: Vec<_> = (0..clients).map(|_| thread::spawn(move || ask_until(end, address))).collect();
+/// A few clients, each of which connects anew for every request. With a rate they keep to it together, in requests a
+/// second: one that was held up catches up.
+pub(crate) fn load(
+    address: SocketAddr,
+    clients: u32,
+    milliseconds: u64,
+    rate: Option<u32>,
+) -> anyhow::Result<()> {
+    let begun = Instant::now();
+    let end = begun + Duration::from_millis(milliseconds);
+    let pause = rate.map(|rate| Duration::from_secs(1) * clients / rate);
+    let client = move |number: u32| {
+        let begun = begun + pause.unwrap_or_default() * number / clients;
+        let mut sent = 0;
+        ask_until(end, address, || match pause {
+            Some(pause) => {
+                sent += 1;
+                thread::sleep((begun + pause * sent).saturating_duration_since(Instant::now()));
+            }
+            None => thread::sleep(PACE),
+        })
+    };
+    let threads: Vec<_> = (0..clients).map(|number| thread::spawn(move || client(number))).collect();
     let mut answers = Vec::new();
     for thread in threads {
         answers.extend(thread.join().map_err(|_| anyhow::anyhow!("a client has panicked"))?);
@@ -227,7 +246,7 @@ pub(crate) fn load(address: SocketAddr, clients: usize, milliseconds: u64) -> an
     Ok(())
 }
 
-fn ask_until(end: Instant, address: SocketAddr) -> Vec<String> {
+fn ask_until(end: Instant, address: SocketAddr, mut pause: impl FnMut()) -> Vec<String> {
     let mut answers = Vec::new();
     while Instant::now() < end {
         answers.push(match http::get(address, "catalog", "/") {
@@ -237,7 +256,7 @@ fn ask_until(end: Instant, address: SocketAddr) -> Vec<String> {
                 "failed".to_owned()
             }
         });
-        thread::sleep(PACE);
+        pause();
     }
     answers
 }

@@ -24,7 +24,7 @@
 //!     peer throw ADDRESS                                   nothing: it sends a request and closes at once
 //!     peer hello ADDRESS                                   how a greeter greets and answers
 //!     peer time-connects ADDRESS                           for each number that it reads, as many connects' nanoseconds
-//!     peer load ADDRESS CLIENTS MILLISECONDS               how often each server answered, as JSON
+//!     peer load ADDRESS CLIENTS MILLISECONDS [RATE]        how often each server answered, as JSON
 
 mod client;
 mod hook;
@@ -74,8 +74,9 @@ fn run(args: &[&str]) -> anyhow::Result<()> {
         ["hello", address] => client::hello(address.parse()?),
         ["throw", address] => client::throw(address.parse()?),
         ["time-connects", address] => client::time_connects(address.parse()?),
-        ["load", address, clients, milliseconds] => {
-            client::load(address.parse()?, clients.parse()?, milliseconds.parse()?)
+        ["load", address, clients, milliseconds, rate @ ..] => {
+            let rate = rate.first().map(|rate| rate.parse()).transpose()?;
+            client::load(address.parse()?, clients.parse()?, milliseconds.parse()?, rate)
         }
         _ => anyhow::bail!("usage: see the head of its source"),
     }
