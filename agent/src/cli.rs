@@ -98,8 +98,17 @@ pub(crate) enum Command {
     },
     /// Remove everything of ours from this host; refuses while a daemon runs
     Cleanup,
-    /// Tell whether this host can do it, and what to do where it cannot
-    Check,
+    /// Tell whether this host can do it, and what to do where it cannot; or what really happens to what a service sends
+    Check {
+        /// Send something down every path as this service, to this host itself; need not be enabled, nor exist
+        service: Option<String>,
+    },
+    /// The part of `check SERVICE` that runs as the service
+    #[command(hide = true)]
+    Probe {
+        /// Whose policy applies
+        service: String,
+    },
 }
 
 /// Which services, and whether in earnest.

@@ -7,7 +7,7 @@ use crate::{
     config::{Config, ConfigError, check_name},
     explain,
     output::Output,
-    present, ready, run,
+    paths, present, ready, run,
 };
 use anyhow::{Context as _, anyhow, bail};
 use nix::unistd::geteuid;
@@ -33,7 +33,10 @@ fn execute(cli: Cli, output: Output) -> anyhow::Result<ExitCode> {
         return Ok(attach::container(loaded));
     }
     let config = loaded?;
-    let only_looks = matches!(cli.command, Command::Check | Command::Explain { .. } | Command::Env { .. });
+    let only_looks = matches!(
+        cli.command,
+        Command::Check { service: None } | Command::Explain { .. } | Command::Env { .. }
+    );
     if geteuid().as_raw() != 0 && !only_looks {
         bail!("only root can do this: it changes where other users' connections go");
     }
@@ -65,10 +68,19 @@ fn execute(cli: Cli, output: Output) -> anyhow::Result<ExitCode> {
                 "nothing of mesh-redirect is left in the kernel or in its state\n".to_owned()
             })?;
         }
-        Command::Check => {
+        Command::Check { service: None } => {
             let findings = check::all(&config);
             output.result(&findings, present::check)?;
             return Ok(if findings.are_good() { ExitCode::SUCCESS } else { ExitCode::FAILURE });
+        }
+        Command::Check { service: Some(service) } => {
+            let report = paths::check(&config, file.as_deref(), &service)?;
+            output.result(&report, present::paths)?;
+            return Ok(if report.agrees { ExitCode::SUCCESS } else { ExitCode::FAILURE });
+        }
+        Command::Probe { service } => {
+            join(&config, &service)?;
+            paths::probe()?;
         }
     }
     Ok(ExitCode::SUCCESS)
@@ -118,12 +130,16 @@ fn watch(config: &Config, watch: &api::Watch, count: Option<u64>, output: Output
     Ok(())
 }
 
-/// The daemon moves this process into a cgroup of its own; it then becomes the command.
-fn exec(config: &Config, service: &str, command: &[OsString], output: Output) -> anyhow::Result<()> {
+/// The daemon moves this process into a cgroup of its own, which is steered as a service's.
+fn join(config: &Config, service: &str) -> anyhow::Result<api::Joined> {
     check_name(service).map_err(anyhow::Error::msg)?;
     let path = format!("/v1/services/{service}/commands");
-    let joined: api::Joined = client::post(&config.paths.run, &path, None::<&()>)?;
-    output.aside(&joined, |joined| present::notes("mesh-redirect: ", &joined.notes));
+    Ok(client::post(&config.paths.run, &path, None::<&()>)?)
+}
+
+/// This process becomes the command.
+fn exec(config: &Config, service: &str, command: &[OsString], output: Output) -> anyhow::Result<()> {
+    output.aside(&join(config, service)?, |joined| present::notes("mesh-redirect: ", &joined.notes));
     let [program, arguments @ ..] = command else { bail!("no command") };
     let error = std::process::Command::new(program).args(arguments).exec();
     Err(error).with_context(|| format!("run {}", program.to_string_lossy()))

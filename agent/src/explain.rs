@@ -6,19 +6,18 @@ mod now;
 mod outcome;
 
 use crate::{
-    config::{Config, check_name},
+    config::{Config, Ports, check_name},
     ready,
     reason::Reason,
     routable::Routable,
 };
-use destination::Host;
 use serde::Serialize;
 use std::net::{IpAddr, SocketAddr};
 
-pub(crate) use destination::Destination;
-pub(crate) use names::Source;
+pub(crate) use destination::{Destination, Host};
+pub(crate) use names::{Source, in_hosts_file};
 pub(crate) use now::Now;
-pub(crate) use outcome::{Outcome, Policies, Proto};
+pub(crate) use outcome::{Outcome, Proto, Situation};
 
 /// What becomes of each destination.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
@@ -57,15 +56,68 @@ pub(crate) fn explain(
     proto: Proto,
 ) -> anyhow::Result<Explanations> {
     check_name(service).map_err(anyhow::Error::msg)?;
-    let now = Now::of(config, service);
-    let routable = &known_routable(config, &now);
-    let policies = Policies { config, service, policy: config.policy(service), routable, now: &now };
-    let of_destination = |Destination { host, port }: &Destination| match host {
-        Host::Address(address) => of_address(&policies, *address, *port, proto),
-        Host::Name(name) => of_name(&policies, name, *port, proto),
-    };
-    let explained = destinations.iter().flat_map(of_destination).collect();
-    Ok(Explanations { service: service.to_owned(), now, explained })
+    let situation = Situation::of(config, service);
+    let explained =
+        destinations.iter().flat_map(|destination| situation.explain(destination, proto)).collect();
+    Ok(Explanations { service: service.to_owned(), now: situation.now, explained })
+}
+
+impl<'a> Situation<'a> {
+    /// Asks the daemon, the disk and the proxy about a service.
+    pub(crate) fn of(config: &'a Config, service: &'a str) -> Self {
+        let now = Now::of(config, service);
+        Self { config, service, routable: known_routable(config, &now), now }
+    }
+
+    fn explain(&self, Destination { host, port }: &Destination, proto: Proto) -> Vec<Explained> {
+        match (host, *port) {
+            (Host::Address(address), Some(port)) => vec![self.of_socket((*address, port).into(), proto)],
+            (Host::Address(address), None) => self.of_address(*address, proto),
+            (Host::Name(name), port) => self.of_name(name, port, proto),
+        }
+    }
+
+    /// What becomes of one connection, or one datagram.
+    pub(crate) fn of_socket(&self, destination: SocketAddr, proto: Proto) -> Explained {
+        let (decision, reason) = self.decide(destination, proto);
+        Explained::new(destination.to_string(), proto, decision, reason)
+    }
+
+    fn of_address(&self, address: IpAddr, proto: Proto) -> Vec<Explained> {
+        let of_ports = |(ports, decision, reason): (Ports, _, _)| Explained {
+            ports: Some(ports.to_string()),
+            ..Explained::new(address.to_string(), proto, decision, reason)
+        };
+        self.decide_ports(address, proto).into_iter().map(of_ports).collect()
+    }
+
+    fn of_name(&self, name: &str, port: Option<u16>, proto: Proto) -> Vec<Explained> {
+        let of_answer = |(source, answer): (Source, Result<IpAddr, String>)| {
+            let explained = match answer {
+                Ok(address) => self.explain(&Destination { host: Host::Address(address), port }, proto),
+                Err(why) => vec![unresolved(name, port, proto, why)],
+            };
+            let named = move |explained| Explained {
+                name: Some(name.to_owned()),
+                from: Some(source.clone()),
+                ..explained
+            };
+            explained.into_iter().map(named).collect::<Vec<_>>()
+        };
+        names::look_up(self, name).into_iter().flat_map(of_answer).collect()
+    }
+}
+
+impl Explained {
+    fn new(destination: String, proto: Proto, decision: Outcome, reason: Reason) -> Self {
+        Self { destination, ports: None, name: None, from: None, proto, decision, reason }
+    }
+}
+
+fn unresolved(name: &str, port: Option<u16>, proto: Proto, because: String) -> Explained {
+    let destination = port.map_or_else(|| name.to_owned(), |port| format!("{name}:{port}"));
+    let reason = Reason { steered: false, because, rule: None, file: None, line: None };
+    Explained::new(destination, proto, Outcome::Unresolved, reason)
 }
 
 /// As the proxy says now, or as it was last known.
@@ -74,55 +126,5 @@ fn known_routable(config: &Config, now: &Now) -> Routable {
     match said {
         Some(Ok(Some((routable, _)))) => routable,
         _ => Routable::load(&config.paths.state),
-    }
-}
-
-fn of_address(policies: &Policies<'_>, address: IpAddr, port: Option<u16>, proto: Proto) -> Vec<Explained> {
-    let explained = |destination, ports, decision, reason| Explained {
-        destination,
-        ports,
-        name: None,
-        from: None,
-        proto,
-        decision,
-        reason,
-    };
-    let Some(port) = port else {
-        let decided = policies.decide_ports(address, proto).into_iter();
-        let of_ports = decided.map(|(ports, decision, reason)| {
-            explained(address.to_string(), Some(ports.to_string()), decision, reason)
-        });
-        return of_ports.collect();
-    };
-    let destination = SocketAddr::new(address, port);
-    let (decision, reason) = policies.decide(destination, proto);
-    vec![explained(destination.to_string(), None, decision, reason)]
-}
-
-fn of_name(policies: &Policies<'_>, name: &str, port: Option<u16>, proto: Proto) -> Vec<Explained> {
-    let of_answer = |(source, answer): (Source, Result<IpAddr, String>)| {
-        let explained = match answer {
-            Ok(address) => of_address(policies, address, port, proto),
-            Err(why) => vec![unresolved(name, port, proto, why)],
-        };
-        let named = move |explained| Explained {
-            name: Some(name.to_owned()),
-            from: Some(source.clone()),
-            ..explained
-        };
-        explained.into_iter().map(named).collect::<Vec<_>>()
-    };
-    names::look_up(policies, name).into_iter().flat_map(of_answer).collect()
-}
-
-fn unresolved(name: &str, port: Option<u16>, proto: Proto, because: String) -> Explained {
-    Explained {
-        destination: port.map_or_else(|| name.to_owned(), |port| format!("{name}:{port}")),
-        ports: None,
-        name: None,
-        from: None,
-        proto,
-        decision: Outcome::Unresolved,
-        reason: Reason { steered: false, because, rule: None, file: None, line: None },
     }
 }

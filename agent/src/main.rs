@@ -19,6 +19,7 @@ mod mode;
 mod netlink;
 mod origins;
 mod output;
+mod paths;
 mod plan;
 mod present;
 mod probe;

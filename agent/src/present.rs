@@ -3,8 +3,9 @@
 use crate::{
     api::{self, Outcome, Transport},
     check::{Findings, Line},
-    explain::{Explained, Explanations},
+    explain::{Explained, Explanations, Now},
     mode::{self, Mode},
+    paths::{Family, Happened, Report, Tried},
 };
 use std::{
     fmt::Write as _,
@@ -161,6 +162,11 @@ pub(crate) fn check(Findings { findings, mode, possible }: &Findings) -> String 
 pub(crate) fn explained(Explanations { service, now, explained }: &Explanations) -> String {
     let mut rows = vec![["DESTINATION", "DECISION", "WHERE", "BECAUSE"].map(str::to_owned)];
     rows.extend(explained.iter().map(explained_row));
+    format!("{}\n{}", situation(service, now), table(&rows))
+}
+
+/// What decisions rest on.
+fn situation(service: &str, now: &Now) -> String {
     let mode = now.mode.map(|mode| format!(" · {mode}")).unwrap_or_default();
     let enabled = match (now.enabled, now.observed) {
         (Some(true), true) => "is observed",
@@ -173,7 +179,7 @@ pub(crate) fn explained(Explanations { service, now, explained }: &Explanations)
         (true, false) => "the proxy is ready",
         (false, _) => "the proxy is not ready",
     };
-    format!("{service} {enabled}{mode} · {proxy}\n{}", table(&rows))
+    format!("{service} {enabled}{mode} · {proxy}")
 }
 
 fn explained_row(explained: &Explained) -> [String; 4] {
@@ -248,6 +254,50 @@ fn cells(decision: &api::Decision) -> [String; 8] {
         uid.to_string(),
         format!("{destination}{transport}"),
         rule.clone(),
+    ]
+}
+
+/// The table of `check SERVICE`.
+pub(crate) fn paths(report: &Report) -> String {
+    let mut rows = vec![["", "PATH", "TO", "POLICY", "REALLY", ""].map(str::to_owned)];
+    rows.extend(report.paths.iter().map(path_row));
+    let only_names = match report.now.mode {
+        Some(Mode::Hosts) => "in mode hosts only names can be steered\n",
+        _ => "",
+    };
+    format!("{}\n{only_names}{}", situation(&report.service, &report.now), table(&rows))
+}
+
+fn path_row(tried: &Tried) -> [String; 6] {
+    let Tried { path, family, happened, detail, agrees, explained } = tried;
+    let mark = match agrees {
+        Some(true) => "ok",
+        Some(false) => "FAIL",
+        None => "note",
+    };
+    let family = match family {
+        Family::Ipv4 => "IPv4",
+        Family::Ipv6 => "IPv6",
+        Family::Mapped => "IPv4-mapped",
+    };
+    let happened = match happened {
+        Happened::Steered => "steered",
+        Happened::Passed => "passes",
+        Happened::Refused => "refused",
+        Happened::TimedOut => "timed out",
+        Happened::Failed => "failed",
+        Happened::Unavailable => "not here",
+        Happened::NotProbed => "not probed",
+    };
+    let to = |explained: &Explained| explained.name.clone().unwrap_or_else(|| explained.destination.clone());
+    let policy = explained.as_ref().map(|explained| explained.decision.to_string());
+    [
+        mark.to_owned(),
+        format!("{}, {family}", path.name()),
+        explained.as_ref().map(to).unwrap_or_default(),
+        policy.unwrap_or_default(),
+        happened.to_owned(),
+        detail.clone(),
     ]
 }
 

@@ -259,7 +259,8 @@ pub(crate) fn decide_ports<'p>(
     decided
 }
 
-fn is_local(ip: IpAddr) -> bool {
+/// Whether it is an address that no policy can have meant ([`agent_ebpf::decide::Destination::is_local`]).
+pub(crate) fn is_local(ip: IpAddr) -> bool {
     let destination = match ip {
         IpAddr::V4(ip) => Destination::from_ipv4(ip.octets(), 0),
         IpAddr::V6(ip) => Destination::from_ipv6(ip.octets(), 0),

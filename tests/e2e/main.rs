@@ -76,6 +76,7 @@ mod maps;
 mod names;
 mod nftables;
 mod origins;
+mod paths;
 mod reload;
 mod routable;
 mod scope;

@@ -1,6 +1,6 @@
 //! What a name resolves to, as an application of a service would see it.
 
-use super::{Now, Policies};
+use super::{Now, Situation};
 use crate::{mode::Mode, probe};
 use serde::{Serialize, Serializer};
 use std::{
@@ -47,13 +47,17 @@ pub(super) type Answer = (Source, Result<IpAddr, String>);
 
 /// Looks a name up. A hosts file that gives it an address has the last word (nsswitch.conf(5), as it is everywhere); else
 /// it is asked for: of the proxy where queries of the service go there, and of the resolver, which all others ask.
-pub(super) fn look_up(policies: &Policies<'_>, name: &str) -> Vec<Answer> {
-    let hosts = in_hosts_file(&policies.config.paths.hosts, name);
+pub(super) fn look_up(situation: &Situation<'_>, name: &str) -> Vec<Answer> {
+    let file = &situation.config.paths.hosts;
+    let hosts = in_hosts_file(file, name);
     if !hosts.is_empty() {
-        return hosts;
+        return hosts
+            .into_iter()
+            .map(|(line, address)| (Source::Hosts(file.clone(), line), Ok(address)))
+            .collect();
     }
-    let of_proxy = if asks_proxy(policies.now, policies.policy.dns.value) {
-        policies.routable.addresses_of(name)
+    let of_proxy = if asks_proxy(&situation.now, situation.policy().dns.value) {
+        situation.routable.addresses_of(name)
     } else {
         Vec::new()
     };
@@ -74,13 +78,12 @@ fn asks_proxy(now: &Now, captures_dns: bool) -> bool {
         && probe::resolver_on_localhost().is_none()
 }
 
-fn in_hosts_file(path: &Path, name: &str) -> Vec<Answer> {
-    let text = fs::read(path).unwrap_or_default();
-    let found = addresses(&String::from_utf8_lossy(&text), name);
-    found.into_iter().map(|(line, address)| (Source::Hosts(path.to_owned(), line), Ok(address))).collect()
+/// The addresses of a name, and at which lines of a hosts file they are.
+pub(crate) fn in_hosts_file(path: &Path, name: &str) -> Vec<(usize, IpAddr)> {
+    addresses(&String::from_utf8_lossy(&fs::read(path).unwrap_or_default()), name)
 }
 
-/// The addresses of a name, and their lines, from 1 (hosts(5)).
+/// The lines are counted from 1 (hosts(5)).
 fn addresses(text: &str, name: &str) -> Vec<(usize, IpAddr)> {
     let address = |(number, line): (usize, &str)| {
         let mut words = line.split('#').next()?.split_whitespace();

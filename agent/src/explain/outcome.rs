@@ -79,31 +79,34 @@ impl fmt::Display for Outcome {
     }
 }
 
-/// All that decides.
+/// All that decides of a service.
 #[derive(Debug)]
-pub(crate) struct Policies<'a> {
+pub(crate) struct Situation<'a> {
     pub(crate) config: &'a Config,
     pub(crate) service: &'a str,
-    pub(crate) policy: &'a Policy,
-    pub(crate) routable: &'a Routable,
-    pub(crate) now: &'a Now,
+    /// As the proxy says now, or as it was last known.
+    pub(crate) routable: Routable,
+    pub(crate) now: Now,
 }
 
-impl Policies<'_> {
+impl Situation<'_> {
+    pub(super) fn policy(&self) -> &Policy {
+        self.config.policy(self.service)
+    }
+
     /// What becomes of it, and why.
     pub(crate) fn decide(&self, destination: SocketAddr, proto: Proto) -> (Outcome, Reason) {
-        let reason = Reason::of(self.config, self.routable, self.service, destination);
-        self.explain(reason, destination, proto)
+        let reason = Reason::of(self.config, &self.routable, self.service, destination);
+        self.weigh(reason, destination, proto)
     }
 
     /// The same for all ports of an address: neighbouring ones of which the same is said together.
     pub(crate) fn decide_ports(&self, address: IpAddr, proto: Proto) -> Vec<(Ports, Outcome, Reason)> {
         let mut decided: Vec<(Ports, Outcome, Reason)> = Vec::new();
-        for (ports, verdict) in rules::decide_ports(self.policy, self.routable, address) {
+        for (ports, verdict) in rules::decide_ports(self.policy(), &self.routable, address) {
             let said = Reason::new(&self.config.file, &verdict);
             for part in self.parts(ports) {
-                let (outcome, reason) =
-                    self.explain(said.clone(), SocketAddr::new(address, part.first), proto);
+                let (outcome, reason) = self.weigh(said.clone(), SocketAddr::new(address, part.first), proto);
                 match decided.last_mut() {
                     Some((ports, before, why)) if *before == outcome && *why == reason => {
                         ports.last = part.last;
@@ -126,12 +129,12 @@ impl Policies<'_> {
         bounds.windows(2).map(|pair| Ports { first: pair[0] as u16, last: (pair[1] - 1) as u16 }).collect()
     }
 
-    fn explain(&self, mut reason: Reason, destination: SocketAddr, proto: Proto) -> (Outcome, Reason) {
+    fn weigh(&self, mut reason: Reason, destination: SocketAddr, proto: Proto) -> (Outcome, Reason) {
         if self.now.mode == Some(Mode::Hosts) {
             return self.by_name(destination, proto);
         }
         let outcome = self.outcome(reason.steered, destination, proto);
-        if proto == Proto::Udp && (destination.port() != DNS_PORT || !self.policy.dns.value) {
+        if proto == Proto::Udp && (destination.port() != DNS_PORT || !self.policy().dns.value) {
             reason = self.not_captured(destination.port());
         } else if let Some(but) = self.but(outcome, &reason, destination.port()) {
             reason.because = format!("{}, but {but}", reason.because);
@@ -163,7 +166,7 @@ impl Policies<'_> {
             let because = "of UDP nothing is captured but DNS queries, to port 53".to_owned();
             return Reason { steered: false, because, rule: None, file: None, line: None };
         }
-        let line = self.policy.dns.line;
+        let line = self.policy().dns.line;
         Reason {
             steered: false,
             because: "DNS queries of this service are not captured".to_owned(),
@@ -175,7 +178,7 @@ impl Policies<'_> {
 
     /// Why what policy has steered is not.
     fn but(&self, outcome: Outcome, reason: &Reason, port: u16) -> Option<&'static str> {
-        let is_query = port == DNS_PORT && self.policy.dns.value;
+        let is_query = port == DNS_PORT && self.policy().dns.value;
         match outcome {
             Outcome::Observed => Some("the service is only observed"),
             Outcome::Ignored if reason.steered && self.now.observed => Some("the service is only observed"),
@@ -191,7 +194,7 @@ impl Policies<'_> {
     /// Where a virtual address leads that is not steered.
     fn instead(&self, address: IpAddr) -> Option<String> {
         let address = address.to_canonical();
-        if !self.policy.dns.value || !is_virtual(address) {
+        if !self.policy().dns.value || !is_virtual(address) {
             return None;
         }
         Some(match self.routable.virtual_addresses().get(&address) {
@@ -240,8 +243,9 @@ struct Hook<'a> {
 }
 
 impl<'a> Hook<'a> {
-    fn new(policies: &Policies<'a>, is_steered: bool) -> Self {
-        let Policies { config, policy, now, .. } = policies;
+    fn new(situation: &'a Situation<'_>, is_steered: bool) -> Self {
+        let Situation { config, now, .. } = situation;
+        let policy = situation.policy();
         let mut ranges = [PortRange { first: 0, last: 0, verdict: 0 }; MAX_PORT_RANGES];
         ranges[0] = PortRange { first: 0, last: u16::MAX, verdict: VERDICT_STEER };
         let service = Service {
@@ -298,9 +302,9 @@ mod tests {
     /// What is said of a destination, by what is configured and what holds.
     fn said(text: &str, now: &Now, destination: &str, proto: Proto) -> (Outcome, bool, String) {
         let config = Config::parse(Path::new("agent.yaml"), text).unwrap();
-        let routable = &Routable::parse(ROUTABLE).unwrap();
-        let policies = Policies { config: &config, service: "shop", policy: &config.defaults, routable, now };
-        let (outcome, reason) = policies.decide(destination.parse().unwrap(), proto);
+        let (routable, now) = (Routable::parse(ROUTABLE).unwrap(), now.clone());
+        let situation = Situation { config: &config, service: "shop", routable, now };
+        let (outcome, reason) = situation.decide(destination.parse().unwrap(), proto);
         (outcome, reason.steered, reason.because)
     }
 
@@ -366,25 +370,20 @@ mod tests {
             Path::new("agent.yaml"),
             "failure: closed\ncapture: { include: [10.0.0.0/8], dns: true }\n",
         );
-        let (config, routable) = (config.unwrap(), Routable::parse(ROUTABLE).unwrap());
-        let ports = |now: &Now, address: &str| -> Vec<String> {
-            let policies = Policies {
-                config: &config,
-                service: "shop",
-                policy: &config.defaults,
-                routable: &routable,
-                now,
-            };
-            let decided = policies.decide_ports(address.parse().unwrap(), Proto::Tcp);
+        let config = config.unwrap();
+        let ports = |now: Now, address: &str| -> Vec<String> {
+            let routable = Routable::parse(ROUTABLE).unwrap();
+            let situation = Situation { config: &config, service: "shop", routable, now };
+            let decided = situation.decide_ports(address.parse().unwrap(), Proto::Tcp);
             decided.iter().map(|(ports, outcome, _)| format!("{ports} {outcome:?}")).collect()
         };
-        assert_eq!(ports(&now(Mode::Ebpf, true, true), "10.0.0.1"), ["1-65535 Steered"]);
+        assert_eq!(ports(now(Mode::Ebpf, true, true), "10.0.0.1"), ["1-65535 Steered"]);
         assert_eq!(
-            ports(&now(Mode::Ebpf, false, false), "10.0.0.1"),
+            ports(now(Mode::Ebpf, false, false), "10.0.0.1"),
             ["1-52 Refused", "53 PassedProxyAbsent", "54-65535 Refused"]
         );
         assert_eq!(
-            ports(&now(Mode::Hosts, true, false), "127.66.1.2"),
+            ports(now(Mode::Hosts, true, false), "127.66.1.2"),
             ["1-8079 Ignored", "8080 Steered", "8081-65535 Ignored"]
         );
     }
