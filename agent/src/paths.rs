@@ -4,30 +4,31 @@
 mod echo;
 mod message;
 mod prober;
+mod tried;
 
 use crate::{
     api, client,
     config::{Config, check_name},
-    explain::{Explained, Now, Outcome, Proto, Situation},
+    explain::{Now, Proto, Situation},
     mode::Mode,
-    rules,
 };
-use anyhow::{Context as _, bail};
+use anyhow::{Context as _, bail, ensure};
 use echo::Echo;
-use nix::{ifaddrs::getifaddrs, net::if_::InterfaceFlags, sys::socket::SockaddrStorage};
 use serde::{Deserialize, Serialize};
 use std::{
     env,
     ffi::OsStr,
     fs::File,
     io::{self, Read as _},
-    net::{IpAddr, SocketAddr},
+    net::SocketAddr,
     path::{Path, PathBuf},
     process::{Command, Stdio},
     sync::{Arc, mpsc},
     thread,
     time::Duration,
 };
+
+pub(crate) use tried::{Happened, Tried};
 
 /// How long each step of a probe may take.
 const PATIENCE: Duration = Duration::from_secs(2);
@@ -136,24 +137,6 @@ enum Seen {
     NotLed(String),
 }
 
-/// What really happened.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
-#[serde(rename_all = "snake_case")]
-pub(crate) enum Happened {
-    /// The echo was reached by somebody else: the proxy.
-    Steered,
-    /// The echo was reached by the prober itself.
-    Passed,
-    Refused,
-    TimedOut,
-    /// It ended in another way.
-    Failed,
-    /// The kernel has no such path.
-    Unavailable,
-    /// There is nowhere to send it.
-    NotProbed,
-}
-
 /// Every path of a service.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 pub(crate) struct Report {
@@ -164,20 +147,6 @@ pub(crate) struct Report {
     pub(crate) agrees: bool,
 }
 
-/// One path.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
-pub(crate) struct Tried {
-    pub(crate) path: Way,
-    pub(crate) family: Family,
-    pub(crate) happened: Happened,
-    pub(crate) detail: String,
-    /// None where nothing happened.
-    pub(crate) agrees: Option<bool>,
-    /// What was asked, and what policy says of it; none where nothing was asked.
-    #[serde(flatten)]
-    pub(crate) explained: Option<Explained>,
-}
-
 /// Tries every path of a service, which need neither run nor be enabled.
 pub(crate) fn check(config: &Config, file: Option<&Path>, service: &str) -> anyhow::Result<Report> {
     check_name(service).map_err(anyhow::Error::msg)?;
@@ -186,14 +155,9 @@ pub(crate) fn check(config: &Config, file: Option<&Path>, service: &str) -> anyh
     let nonce: Arc<str> = nonce().context("read /dev/urandom")?.into();
     let situation = Situation::of(config, service);
     let (mut probes, mut not_probed) = (named(&situation), Vec::new());
-    for is_v4 in [true, false] {
-        match start_echo(is_v4, &nonce) {
-            Ok(echo) => add_probes(&echo, is_v4, &mut probes, &mut not_probed),
-            Err(why) => {
-                let family = if is_v4 { Family::Ipv4 } else { Family::Ipv6 };
-                not_probed.extend(WAYS.map(|way| Tried::not_probed(way, family, why.clone())));
-            }
-        }
+    for families in [&[Family::Ipv4, Family::Mapped][..], &[Family::Ipv6]] {
+        let is_v4 = families.contains(&Family::Ipv4);
+        add_probes(families, &Echo::start(is_v4, &nonce), &mut probes, &mut not_probed);
     }
     let plan = Plan { nonce: nonce.to_string(), hosts: config.paths.hosts.clone(), probes };
     let seen = run_prober(file, service, &plan)?;
@@ -213,68 +177,43 @@ pub(crate) fn probe() -> anyhow::Result<()> {
 fn run_prober(file: Option<&Path>, service: &str, plan: &Plan) -> anyhow::Result<Vec<Seen>> {
     let mut command = Command::new(env::current_exe().context("find this program")?);
     command.args(file.map(|file| [OsStr::new("--config"), file.as_os_str()]).into_iter().flatten());
-    command.args(["probe", service]).stdin(Stdio::piped()).stdout(Stdio::piped());
+    command.args(["probe", service]).stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
     let mut prober = command.spawn().context("start the prober")?;
-    let told = prober.stdin.take().map(|stdin| serde_json::to_writer(stdin, plan));
-    let said = prober.stdout.take();
+    // One that has ended already says why.
+    let _told = prober.stdin.take().map(|stdin| serde_json::to_writer(stdin, plan));
+    let (said, complained) = (prober.stdout.take(), prober.stderr.take());
     let (sender, receiver) = mpsc::channel();
-    thread::spawn(move || {
-        let mut text = String::new();
-        let read = said.map(|mut said| said.read_to_string(&mut text));
-        sender.send(read.transpose().map(|_| text))
-    });
+    thread::spawn(move || sender.send((text(said), text(complained))));
     let heard = receiver.recv_timeout(ALL_PATIENCE);
     // It has ended, or shall.
     let _already_ended = prober.kill();
-    let status = prober.wait().context("wait for the prober")?;
-    told.transpose().context("tell the prober what to do")?;
-    let heard = heard.with_context(|| format!("waited {} s for the prober", ALL_PATIENCE.as_secs()))?;
-    let seen: Vec<Seen> = match serde_json::from_str(&heard.context("hear the prober")?) {
-        Ok(seen) => seen,
-        Err(_) => bail!("the prober ended without a report ({status}): its errors are above"),
+    prober.wait().context("wait for the prober")?;
+    let (said, complaint) =
+        heard.with_context(|| format!("waited {} s for the prober", ALL_PATIENCE.as_secs()))?;
+    let Ok(seen) = serde_json::from_str::<Vec<Seen>>(&said) else {
+        bail!("probe as `{service}`: {}", complaint.trim().trim_start_matches("mesh-redirect: "));
     };
+    ensure!(seen.len() == plan.probes.len(), "the prober's report is of another plan");
     Ok(seen)
 }
 
-/// An echo at the first address of a family that is this host's and nobody else's.
-fn start_echo(is_v4: bool, nonce: &Arc<str>) -> Result<Echo, String> {
-    let family = if is_v4 { "IPv4" } else { "IPv6" };
-    let addresses = own_addresses().map_err(|error| format!("list this host's addresses: {error}"))?;
-    let mut why = format!("this host has no {family} address but on loopback and its links");
-    for address in addresses.into_iter().filter(|address| address.is_ipv4() == is_v4) {
-        match Echo::start(address, nonce) {
-            Ok(echo) => return Ok(echo),
-            Err(error) => why = format!("listen at {address}: {error}"),
-        }
-    }
-    Err(why)
+/// All that can be read.
+fn text(from: Option<impl io::Read>) -> String {
+    let mut bytes = Vec::new();
+    let _as_far_as_it_goes = from.map(|mut from| from.read_to_end(&mut bytes));
+    String::from_utf8_lossy(&bytes).into_owned()
 }
 
-/// Those of interfaces that are up, and that others may reach this host by.
-fn own_addresses() -> nix::Result<Vec<IpAddr>> {
-    let up = getifaddrs()?.filter(|interface| {
-        interface.flags.contains(InterfaceFlags::IFF_UP)
-            && !interface.flags.contains(InterfaceFlags::IFF_LOOPBACK)
-    });
-    let address = |storage: SockaddrStorage| match (storage.as_sockaddr_in(), storage.as_sockaddr_in6()) {
-        (Some(v4), _) => Some(IpAddr::from(v4.ip())),
-        (_, Some(v6)) => Some(IpAddr::from(v6.ip())),
-        _ => None,
-    };
-    let addresses = up.filter_map(|interface| address(interface.address?));
-    Ok(addresses.filter(|address| !rules::is_local(*address)).collect())
-}
-
-fn add_probes(echo: &Echo, is_v4: bool, probes: &mut Vec<Probe>, not_probed: &mut Vec<Tried>) {
-    let families = if is_v4 { &[Family::Ipv4, Family::Mapped][..] } else { &[Family::Ipv6] };
+/// Every way to an echo, or why there is none.
+fn add_probes(
+    families: &[Family],
+    echo: &Result<Echo, String>,
+    probes: &mut Vec<Probe>,
+    not_probed: &mut Vec<Tried>,
+) {
     for &family in families {
         for way in WAYS {
-            let to = match way {
-                Way::Udp => Ok(echo.datagram),
-                Way::DnsTcp | Way::DnsUdp | Way::DnsUdpUnconnected => echo.dns.clone(),
-                _ => Ok(echo.stream),
-            };
-            match to {
+            match echo.as_ref().map_err(Clone::clone).and_then(|echo| echo.of(way)) {
                 Ok(to) => probes.push(Probe { way, family, to: family.of(to), name: None }),
                 Err(why) => not_probed.push(Tried::not_probed(way, family, why)),
             }
@@ -307,106 +246,8 @@ fn named(situation: &Situation<'_>) -> Vec<Probe> {
     probe.into_iter().collect()
 }
 
-impl Tried {
-    fn new(situation: &Situation<'_>, probe: &Probe, seen: &Seen) -> Self {
-        let Probe { way, family, to, name } = probe;
-        let explained = Explained { name: name.clone(), ..situation.of_socket(*to, way.proto()) };
-        let (happened, detail) = judge(seen);
-        let agrees = expected(explained.decision, happened);
-        Self { path: *way, family: *family, happened, detail, agrees, explained: Some(explained) }
-    }
-
-    fn not_probed(path: Way, family: Family, detail: String) -> Self {
-        Self { path, family, happened: Happened::NotProbed, detail, agrees: None, explained: None }
-    }
-}
-
-/// What happened, and how it shows.
-fn judge(seen: &Seen) -> (Happened, String) {
-    match seen {
-        Seen::Answered { own, seen } if is_same(*own, *seen) => {
-            (Happened::Passed, format!("the echo was reached from {seen}, which is the prober itself"))
-        }
-        Seen::Answered { own, seen } => {
-            (Happened::Steered, format!("the echo was reached from {seen}, and the prober is {own}"))
-        }
-        Seen::Led => {
-            (Happened::Steered, "the hosts file leads it to where the proxy listens for it".to_owned())
-        }
-        Seen::NotLed(why) => (Happened::Passed, why.clone()),
-        Seen::Refused(why) => (Happened::Refused, why.clone()),
-        Seen::TimedOut => (Happened::TimedOut, format!("nothing within {} s", PATIENCE.as_secs())),
-        Seen::Failed(why) => (Happened::Failed, why.clone()),
-        Seen::Unavailable(why) => (Happened::Unavailable, why.clone()),
-    }
-}
-
-/// A socket that is not connected knows its port alone.
-fn is_same(own: SocketAddr, seen: SocketAddr) -> bool {
-    let (address, other) = (own.ip().to_canonical(), seen.ip().to_canonical());
-    own.port() == seen.port() && (address.is_unspecified() || address == other)
-}
-
-/// Whether it is what was decided; none where nothing happened.
-fn expected(decision: Outcome, happened: Happened) -> Option<bool> {
-    if matches!(happened, Happened::Unavailable | Happened::NotProbed) {
-        return None;
-    }
-    Some(match decision {
-        Outcome::Steered | Outcome::Query => happened == Happened::Steered,
-        Outcome::Refused => happened == Happened::Refused,
-        _ => happened == Happened::Passed,
-    })
-}
-
 fn nonce() -> io::Result<String> {
     let mut bytes = [0; 16];
     File::open("/dev/urandom")?.read_exact(&mut bytes)?;
     Ok(bytes.iter().map(|byte| format!("{byte:02x}")).collect())
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    fn answered(own: &str, seen: &str) -> Seen {
-        Seen::Answered { own: own.parse().unwrap(), seen: seen.parse().unwrap() }
-    }
-
-    #[test]
-    fn who_reached_the_echo_tells_what_happened() {
-        let cases = [
-            (answered("10.0.0.1:4000", "10.0.0.1:4000"), Happened::Passed),
-            (answered("[::ffff:10.0.0.1]:4000", "10.0.0.1:4000"), Happened::Passed),
-            (answered("0.0.0.0:4000", "10.0.0.1:4000"), Happened::Passed),
-            (answered("[::]:4000", "10.0.0.1:4000"), Happened::Passed),
-            (answered("0.0.0.0:4000", "10.0.0.1:4001"), Happened::Steered),
-            (answered("127.0.0.1:4000", "10.0.0.1:4000"), Happened::Steered),
-            (answered("10.0.0.1:4000", "10.0.0.1:4001"), Happened::Steered),
-            (Seen::TimedOut, Happened::TimedOut),
-            (Seen::Unavailable("ENOSYS".into()), Happened::Unavailable),
-        ];
-        for (seen, happened) in cases {
-            assert_eq!(judge(&seen).0, happened, "{seen:?}");
-        }
-    }
-
-    #[test]
-    fn what_is_not_there_neither_agrees_nor_disagrees() {
-        let cases = [
-            (Outcome::Steered, Happened::Steered, Some(true)),
-            (Outcome::Steered, Happened::Passed, Some(false)),
-            (Outcome::Query, Happened::Steered, Some(true)),
-            (Outcome::PassedByRule, Happened::Passed, Some(true)),
-            (Outcome::PassedProxyAbsent, Happened::Refused, Some(false)),
-            (Outcome::Ignored, Happened::Steered, Some(false)),
-            (Outcome::Observed, Happened::Passed, Some(true)),
-            (Outcome::Refused, Happened::Refused, Some(true)),
-            (Outcome::Refused, Happened::TimedOut, Some(false)),
-            (Outcome::Steered, Happened::Unavailable, None),
-        ];
-        for (decision, happened, agrees) in cases {
-            assert_eq!(expected(decision, happened), agrees, "{decision:?} {happened:?}");
-        }
-    }
 }

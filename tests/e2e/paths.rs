@@ -11,6 +11,8 @@ scenarios![
     what_is_observed_or_excluded_passes_on_every_path,
     what_does_not_happen_as_policy_says_fails_the_check,
     a_path_that_the_kernel_has_not_is_told,
+    a_resolver_of_this_hosts_keeps_its_port,
+    without_a_daemon_the_check_says_so,
 ];
 scenarios![only hosts: where_only_names_are_steered_a_name_is_probed];
 
@@ -153,6 +155,23 @@ fn a_path_that_the_kernel_has_not_is_told(sandbox: &Sandbox) {
     let ipv6 = report.paths.iter().filter(|tried| tried.family == "ipv6");
     let told = |tried: &Tried| tried.happened == "not_probed" && tried.detail.contains("no IPv6 address");
     assert!(ipv6.clone().count() == 8 && ipv6.clone().all(told), "{report:#?}");
+}
+
+fn a_resolver_of_this_hosts_keeps_its_port(sandbox: &Sandbox) {
+    let _mesh = Mesh::start(sandbox, "");
+    let _resolver = Upstream::resolver(sandbox, Place::Outside, "local", &["10.77.0.1"]);
+    let report = check(sandbox, "shop");
+    let dns = report.paths.iter().filter(|tried| tried.path.starts_with("dns") && tried.family != "ipv6");
+    let told = |tried: &Tried| tried.happened == "not_probed" && tried.detail.contains("port 53");
+    assert!(dns.clone().count() == 6 && dns.clone().all(told), "{report:#?}");
+    report.happened(&STREAMS, "steered");
+}
+
+fn without_a_daemon_the_check_says_so(sandbox: &Sandbox) {
+    Agent::start(sandbox, "").stop();
+    let refused = Agent::command(sandbox, &["check", "shop"]);
+    let complaint = refused.failed_with(1);
+    assert!(complaint.contains("agent.sock") && complaint.contains("mesh-redirect run"), "{complaint}");
 }
 
 fn where_only_names_are_steered_a_name_is_probed(sandbox: &Sandbox) {

@@ -1,7 +1,9 @@
 //! Whom the prober asks: it answers what bears its number with whom it sees. It only answers, so that it does not matter
 //! whether it is steered itself.
 
-use super::{PATIENCE, message};
+use super::{PATIENCE, Way, message};
+use crate::rules;
+use nix::{ifaddrs::getifaddrs, net::if_::InterfaceFlags, sys::socket::SockaddrStorage};
 use std::{
     io::{self, BufRead as _, BufReader, Read as _, Write as _},
     net::{IpAddr, SocketAddr, TcpListener, TcpStream, UdpSocket},
@@ -15,15 +17,28 @@ const MAX_MESSAGE: usize = 512;
 /// Where it listens, on one address, until this process ends.
 #[derive(Debug)]
 pub(super) struct Echo {
-    pub(super) stream: SocketAddr,
-    pub(super) datagram: SocketAddr,
+    stream: SocketAddr,
+    datagram: SocketAddr,
     /// For DNS queries by TCP and by datagram, or why not.
-    pub(super) dns: Result<SocketAddr, String>,
+    dns: Result<SocketAddr, String>,
 }
 
 impl Echo {
-    /// Answers at an address of this host's.
-    pub(super) fn start(address: IpAddr, nonce: &Arc<str>) -> io::Result<Self> {
+    /// Answers at the first address of a family that is this host's and nobody else's, or says why there is none.
+    pub(super) fn start(is_v4: bool, nonce: &Arc<str>) -> Result<Self, String> {
+        let family = if is_v4 { "IPv4" } else { "IPv6" };
+        let addresses = own_addresses().map_err(|error| format!("list this host's addresses: {error}"))?;
+        let mut why = format!("this host has no {family} address but on loopback and its links");
+        for address in addresses.into_iter().filter(|address| address.is_ipv4() == is_v4) {
+            match Self::start_at(address, nonce) {
+                Ok(echo) => return Ok(echo),
+                Err(error) => why = format!("listen at {address}: {error}"),
+            }
+        }
+        Err(why)
+    }
+
+    fn start_at(address: IpAddr, nonce: &Arc<str>) -> io::Result<Self> {
         let stream = TcpListener::bind((address, 0))?;
         let datagram = UdpSocket::bind((address, 0))?;
         let places = (stream.local_addr()?, datagram.local_addr()?);
@@ -36,12 +51,36 @@ impl Echo {
         Ok(Self { stream: places.0, datagram: places.1, dns })
     }
 
+    /// Where it answers what is sent in a way, or why it does not.
+    pub(super) fn of(&self, way: Way) -> Result<SocketAddr, String> {
+        match way {
+            Way::Udp => Ok(self.datagram),
+            Way::DnsTcp | Way::DnsUdp | Way::DnsUdpUnconnected => self.dns.clone(),
+            Way::Tcp | Way::FastOpen | Way::IoUring | Way::Mptcp | Way::Name => Ok(self.stream),
+        }
+    }
+
     fn start_dns(at: SocketAddr, nonce: &Arc<str>) -> io::Result<SocketAddr> {
         let (stream, datagram) = (TcpListener::bind(at)?, UdpSocket::bind(at)?);
         serve_streams(stream, nonce, query);
         serve_datagrams(datagram, nonce, message::answer);
         Ok(at)
     }
+}
+
+/// Those of interfaces that are up, and that others may reach this host by.
+fn own_addresses() -> nix::Result<Vec<IpAddr>> {
+    let up = getifaddrs()?.filter(|interface| {
+        interface.flags.contains(InterfaceFlags::IFF_UP)
+            && !interface.flags.contains(InterfaceFlags::IFF_LOOPBACK)
+    });
+    let address = |storage: SockaddrStorage| match (storage.as_sockaddr_in(), storage.as_sockaddr_in6()) {
+        (Some(v4), _) => Some(IpAddr::from(v4.ip())),
+        (_, Some(v6)) => Some(IpAddr::from(v6.ip())),
+        _ => None,
+    };
+    let addresses = up.filter_map(|interface| address(interface.address?));
+    Ok(addresses.filter(|address| !rules::is_local(*address)).collect())
 }
 
 fn serve_streams(
