@@ -6,11 +6,14 @@ use std::process::Command;
 use std::thread::sleep;
 use std::time::Duration;
 
-use tests::{Footprint, INSTANCES, Machine, Metrics, Mode, ORIGIN, PROXY_CONFIG, Release, Root, Sandbox};
+use tests::{
+    Build, Footprint, INSTANCES, Machine, Metrics, Mode, ORIGIN, PROXY_CONFIG, Release, Root, Sandbox,
+};
 use tests::{Status, Upstream, eventually, wait_for};
 
 scenarios![only ebpf:
     a_unit_is_steered_across_restarts_and_all_is_uninstalled_without_a_trace,
+    a_binary_of_another_abi_takes_over_without_a_gap,
 ];
 scenarios![only nftables: a_host_that_refuses_bpf_gets_a_table];
 scenarios![only hosts: a_host_that_refuses_both_gets_names];
@@ -107,6 +110,27 @@ fn a_unit_is_steered_across_restarts_and_all_is_uninstalled_without_a_trace(sand
     assert_eq!(Footprint::of(sandbox), Footprint::default());
     shop.uninstall();
     assert_eq!(added(&files, &shop.run(LIST_FILES)), Vec::<&str>::new());
+}
+
+/// An administrator replaces the binary; units start anew before its daemon does, and after.
+fn a_binary_of_another_abi_takes_over_without_a_gap(sandbox: &Sandbox) {
+    let shop = Shop::on_a_machine(sandbox);
+    shop.install();
+    shop.run("mesh-redirect enable shop");
+    shop.is_steered();
+    for build in [Build::ChangedAbi, Build::Plain] {
+        fs::copy(build.binary(), shop.machine.root().path().join("usr/local/bin/next")).expect("copy");
+        shop.is_steered_throughout("mv /usr/local/bin/next /usr/local/bin/mesh-redirect");
+        shop.is_steered_throughout("systemctl restart shop");
+        shop.is_steered_throughout("systemctl restart mesh-redirect");
+        shop.is_steered_throughout("systemctl restart shop");
+        eventually("one version is there", SOON, || {
+            shop.run("ls /sys/fs/bpf/mesh-redirect").lines().count() == 1
+        });
+        shop.is_steered();
+    }
+    shop.run("systemctl stop mesh-redirect && mesh-redirect cleanup");
+    assert_eq!(Footprint::of(sandbox), Footprint::default());
 }
 
 /// Connects with the first thing it does, and says whom it got.

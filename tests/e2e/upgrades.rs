@@ -49,13 +49,16 @@ fn one_after_another(sandbox: &Sandbox, builds: &[Build]) {
     mesh.agent.stop();
     let mut agent = Agent::restart_as(builds[0], sandbox);
     agent.enable("shop");
+    let first = versions(sandbox);
     let load = load(sandbox, 4 * builds.len());
     for build in &builds[1..] {
         sleep(A_WHILE);
         agent.stop();
+        // Where it goes on at once, the version that comes back is still there.
         agent = Agent::restart_as(*build, sandbox);
-        the_other_version_is_gone(sandbox, &agent);
     }
+    the_other_version_is_gone(sandbox, &agent);
+    assert_ne!(versions(sandbox), first);
     let answered = every_request_was_proxied(load);
     println!("{answered} requests through {} versions", builds.len());
     assert_eq!(mesh.origin.requests(), 0);
@@ -187,8 +190,9 @@ fn a_proxy_that_sends_no_heartbeats_is_known_to_the_next_version(sandbox: &Sandb
 
 fn queries_are_answered_by_the_resolver_that_was_asked_throughout_an_upgrade(sandbox: &Sandbox) {
     let mesh = Mesh::start(sandbox, "capture: { dns: true }\n");
-    let names = ["first", "other"];
-    let [first, other] = [0, 1].map(|number| (names[number], RESOLVERS[number]));
+    let [first, other] = [("first", RESOLVERS[0]), ("other", ITS_RIVAL)];
+    let rival = ["address", "add", &format!("{ITS_RIVAL}/24"), "dev", "eth0"];
+    sandbox.program(Place::Peer, "ip").args(rival).run().ok();
     let _resolvers =
         [first, other].map(|(name, address)| Upstream::resolver(sandbox, Place::Peer, name, &[address]));
     mesh.agent.enable("shop");
@@ -197,7 +201,7 @@ fn queries_are_answered_by_the_resolver_that_was_asked_throughout_an_upgrade(san
     };
     let mut from_before = connected(first.1);
     from_before.ask("");
-    let throughout = [&format!("{ASK}{THROUGHOUT}"), "12", first.0, first.1, other.0, other.1];
+    let throughout = [&format!("{ASK}{THROUGHOUT}"), "12", other.0, other.1, first.0, first.1];
     let queries = sandbox.program(Place::Shop, "python3").arg("-c").args(throughout).begin();
     let mut agent = mesh.agent;
     for build in [Build::ChangedAbi, Build::Plain] {
@@ -211,6 +215,9 @@ fn queries_are_answered_by_the_resolver_that_was_asked_throughout_an_upgrade(san
     let answers: Answers = serde_json::from_str(queries.finish().ok()).expect("the answers as JSON");
     answers.are_from(&["first", "other", "virtual"]);
 }
+
+/// A resolver that would have the same port of the proxy's as the first one, if it were asked before it.
+const ITS_RIVAL: &str = "10.77.0.69";
 
 /// A query for a name, of a kind, on a socket that is connected.
 const ASK: &str = r"
