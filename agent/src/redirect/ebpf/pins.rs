@@ -200,16 +200,23 @@ impl Pins {
     /// Whether connections that were steered are still open. They end at the proxy: what is left of one whose cgroup is
     /// gone is nobody's.
     pub(super) fn have_connections(&self) -> Result<bool, Error> {
-        let mut proxies = self.scopes()?.into_iter().filter(|scope| scope.owner == Owner::Proxy);
         let path = self.map(maps::CONNECTIONS);
-        if !path.exists() || !proxies.try_fold(false, |any, scope| Ok(any || self.is_somewhere(scope)?))? {
+        if !path.exists() || !self.have_proxy()? {
             return Ok(false);
         }
         let failed = |cause| Error::Map { action: "read", name: maps::CONNECTIONS, cause: Box::new(cause) };
-        let info = MapInfo::from_pin(&path).map_err(failed)?;
-        let is_empty =
-            bpf::open_pin(&path).and_then(|map| bpf::is_empty(map.as_fd(), info.key_size() as usize));
+        let key_size = MapInfo::from_pin(&path).map_err(failed)?.key_size() as usize;
+        let is_empty = bpf::open_pin(&path).and_then(|map| bpf::is_empty(map.as_fd(), key_size));
         Ok(!is_empty.map_err(|cause| failed(cause.into()))?)
+    }
+
+    fn have_proxy(&self) -> Result<bool, Error> {
+        for scope in self.scopes()? {
+            if scope.owner == Owner::Proxy && self.is_somewhere(scope)? {
+                return Ok(true);
+            }
+        }
+        Ok(false)
     }
 
     /// Detaches a scope: first what rewrites, then what restores.

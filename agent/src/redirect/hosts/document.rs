@@ -100,6 +100,13 @@ mod tests {
     }
 
     #[test]
+    fn a_block_that_another_version_wrote_is_replaced_and_removed() {
+        let file = b"a b\n# BEGIN mesh-redirect 9: in other words\n127.66.200.1 n m # x\n# END mesh-redirect 9\nc d\n";
+        assert_eq!(without(file), b"a b\nc d\n");
+        assert_eq!(with(file, &names()), with(b"a b\nc d\n", &names()));
+    }
+
+    #[test]
     fn a_damaged_block_loses_only_our_own_lines() {
         let file = b"a b\n# BEGIN mesh-redirect: x\n127.66.1.1 n\n10.0.0.1 theirs\n127.66.1.2 later\n";
         assert_eq!(without(file), b"a b\n10.0.0.1 theirs\n127.66.1.2 later\n");
