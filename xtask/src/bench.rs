@@ -3,6 +3,7 @@
 mod connect;
 mod enable;
 mod report;
+mod watch;
 
 use crate::{
     build::{self, step},
@@ -19,6 +20,8 @@ pub(crate) enum Bench {
     Connect(connect::Connect),
     /// How long `enable` takes, of one service and of a thousand
     Enable(enable::Enable),
+    /// What connect() costs at the highest rate there is while decisions are watched
+    Watch(watch::Watch),
 }
 
 /// What every bench takes.
@@ -35,12 +38,14 @@ pub(crate) fn run(bench: &Bench) -> anyhow::Result<()> {
     let json = match bench {
         Bench::Connect(connect) => connect.output.create()?,
         Bench::Enable(enable) => enable.output.create()?,
+        Bench::Watch(watch) => watch.output.create()?,
     };
     step("set-up", || setup::ensure(setup::For::Demo))?;
     tests::use_binaries(step("build", build::everything)?);
     let report = match bench {
         Bench::Connect(connect) => connect.measure(),
         Bench::Enable(enable) => enable.measure(),
+        Bench::Watch(watch) => watch.measure(),
     };
     print!("\n{report}");
     json.map_or(Ok(()), |file| report.write(file))

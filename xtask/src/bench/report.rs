@@ -14,7 +14,7 @@ pub(super) struct Row {
     pub(super) unit: &'static str,
     /// The name of what it is set against.
     pub(super) compared_to: Option<String>,
-    /// `value`, divided by the same metric of what it is compared to.
+    /// `value`, divided by the same metric of what it is compared to, or the median of such ratios.
     pub(super) ratio: Option<f64>,
 }
 
@@ -39,7 +39,7 @@ impl fmt::Display for Report {
         writeln!(f, "{}\n", self.about)?;
         let width = self.rows.iter().map(|row| row.name.chars().count()).max().unwrap_or(0);
         for Row { name, metric, value, unit, compared_to, ratio } in &self.rows {
-            write!(f, "{name:width$}  {metric}  {value:>9.2} {unit}")?;
+            write!(f, "{name:width$}  {metric:9}  {value:>9.2} {unit}")?;
             if let (Some(ratio), Some(other)) = (ratio, compared_to) {
                 write!(f, "  {ratio:>6.3} of {other}")?;
             }

@@ -9,6 +9,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, ensure};
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::time::{ClockId, clock_gettime};
 use socket2::{Domain, Socket, Type};
 use tests::{Answers, http};
 
@@ -199,20 +200,38 @@ pub(crate) fn twins(addresses: [SocketAddr; 2]) -> anyhow::Result<()> {
 /// Measures `connect()` alone. A connection ends with a reset, so that no port stays in use.
 pub(crate) fn time_connects(address: SocketAddr) -> anyhow::Result<()> {
     for line in io::stdin().lines() {
-        let times: Vec<String> =
-            (0..line?.trim().parse()?).map(|_| time_connect(address)).collect::<io::Result<_>>()?;
+        let times: Vec<String> = (0..line?.trim().parse()?)
+            .map(|_| Ok(time_connect(address)?.to_string()))
+            .collect::<io::Result<_>>()?;
         println!("{}", times.join(" "));
     }
     Ok(())
 }
 
-fn time_connect(address: SocketAddr) -> io::Result<String> {
+fn time_connect(address: SocketAddr) -> io::Result<u128> {
     let socket = Socket::new(Domain::for_address(address), Type::STREAM, None)?;
     socket.set_linger(Some(Duration::ZERO))?;
     let target = address.into();
     let begun = Instant::now();
     socket.connect(&target)?;
-    Ok(begun.elapsed().as_nanos().to_string())
+    Ok(begun.elapsed().as_nanos())
+}
+
+/// For each number that it reads, says what as many connects took: altogether, of the processor's time, and each one.
+pub(crate) fn rush(address: SocketAddr) -> anyhow::Result<()> {
+    let processor = || clock_gettime(ClockId::CLOCK_PROCESS_CPUTIME_ID).map(Duration::from);
+    for line in io::stdin().lines() {
+        let mut times = vec![0; line?.trim().parse()?];
+        let (begun, before) = (Instant::now(), processor()?);
+        for time in &mut times {
+            *time = time_connect(address)?;
+        }
+        let (wall, processor) = (begun.elapsed(), processor()? - before);
+        let totals = [wall, processor].map(|total| total.as_nanos());
+        let all: Vec<String> = totals.into_iter().chain(times).map(|time| time.to_string()).collect();
+        println!("{}", all.join(" "));
+    }
+    Ok(())
 }
 
 /// A few clients, each of which connects anew for every request. With a rate they keep to it together, in requests a

@@ -24,6 +24,7 @@
 //!     peer throw ADDRESS                                   nothing: it sends a request and closes at once
 //!     peer hello ADDRESS                                   how a greeter greets and answers
 //!     peer time-connects ADDRESS                           for each number that it reads, as many connects' nanoseconds
+//!     peer rush ADDRESS                                    likewise, after nanoseconds in all and of the processor's
 //!     peer load ADDRESS CLIENTS MILLISECONDS [RATE]        how often each server answered, as JSON
 
 mod client;
@@ -74,6 +75,7 @@ fn run(args: &[&str]) -> anyhow::Result<()> {
         ["hello", address] => client::hello(address.parse()?),
         ["throw", address] => client::throw(address.parse()?),
         ["time-connects", address] => client::time_connects(address.parse()?),
+        ["rush", address] => client::rush(address.parse()?),
         ["load", address, clients, milliseconds, rate @ ..] => {
             let rate = rate.first().map(|rate| rate.parse()).transpose()?;
             client::load(address.parse()?, clients.parse()?, milliseconds.parse()?, rate)

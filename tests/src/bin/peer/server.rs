@@ -6,6 +6,8 @@ use std::sync::Arc;
 use std::thread::{self, sleep};
 use std::time::Duration;
 
+use socket2::SockRef;
+
 /// Listens on every address and hands each connection to `handle`.
 pub(crate) fn serve(
     addresses: &[&str],
@@ -43,9 +45,11 @@ fn accept(
     }
 }
 
-/// Takes connections as fast as they come and drops them.
+/// Takes connections as fast as they come and drops them. One that found no room would be tried again after a second.
 pub(crate) fn sink(address: &str) -> anyhow::Result<()> {
+    const ROOM: i32 = 4096;
     let listener = TcpListener::bind(address)?;
+    SockRef::from(&listener).listen(ROOM)?;
     println!("listening");
     loop {
         drop(listener.accept());
