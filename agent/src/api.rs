@@ -14,7 +14,7 @@
 //!
 //! What fails answers 4xx or 5xx with [`Refusal`].
 
-use crate::mode::Mode;
+use crate::{mode::Mode, redirect::ebpf::Order};
 use serde::{Deserialize, Serialize};
 use std::{collections::BTreeSet, net::SocketAddr};
 
@@ -111,6 +111,24 @@ pub(crate) struct Changed {
     /// Of a dry run: what would be added (`+`) and removed (`-`).
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub(crate) difference: Option<String>,
+    /// Programs of others' that run beside those of the services.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub(crate) beside: Vec<Beside>,
+}
+
+/// A program of somebody else's at a hook of a service.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct Beside {
+    pub(crate) service: String,
+    /// What the kernel calls it.
+    pub(crate) program: u32,
+    /// What its maker calls it. To ask for it takes a privilege that the daemon has given up; the command line has it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(crate) name: Option<String>,
+    pub(crate) hook: String,
+    /// Where it is attached: the service's, or one above.
+    pub(crate) cgroup: String,
+    pub(crate) order: Order,
 }
 
 /// One of them.
@@ -225,4 +243,7 @@ pub(crate) enum Outcome {
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) struct Refusal {
     pub(crate) error: String,
+    /// Programs of others' because of which it was, as the kernel calls them.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub(crate) programs: Vec<u32>,
 }

@@ -1,16 +1,23 @@
 //! Whether this host can do what is asked of it: one line for each fact, with the remedy.
 
 use crate::{
-    api, client,
+    api, beside,
+    client::{self, ClientError},
     config::Config,
     confine,
     mode::{self, Facts, Mode},
     probe,
+    redirect::{
+        ebpf::{self, Ebpf},
+        nftables,
+    },
     workload::Workloads,
 };
 use serde::Serialize;
 use std::{
+    collections::BTreeSet,
     net::{Ipv4Addr, Ipv6Addr, SocketAddr, TcpStream},
+    path::PathBuf,
     time::Duration,
 };
 
@@ -61,7 +68,8 @@ impl Findings {
 /// Looks at everything.
 pub(crate) fn all(config: &Config) -> Findings {
     let facts = &probe::facts(config);
-    let findings = vec![
+    let status = client::get::<api::Status>(&config.paths.run, "/v1/status");
+    let mut findings = vec![
         kernel(),
         cgroup2(),
         privileges(),
@@ -70,10 +78,11 @@ pub(crate) fn all(config: &Config) -> Findings {
         hosts(facts),
         mode(config, facts),
         confinement(),
-        daemon(config),
+        daemon(&status),
         proxy_listens(config),
         proxy_attached(config),
     ];
+    findings.extend(beside(config, status.as_ref().ok()));
     let possible = mode::ALL.into_iter().filter(|mode| facts.of(*mode).is_ok()).collect();
     let mode = mode::choose(config.mode, facts).ok().map(|choice| choice.mode);
     Findings { findings, mode, possible }
@@ -106,8 +115,7 @@ fn privileges() -> Line {
 }
 
 fn ebpf(facts: &Facts) -> Line {
-    let beside = beside(&facts.beside.connect_hooks);
-    let result = facts.ebpf.clone().map(|()| format!("possible: every program loads{beside}"));
+    let result = facts.ebpf.clone().map(|()| "possible: every program loads".to_owned());
     Line::wanted(
         "ebpf",
         result,
@@ -116,8 +124,7 @@ fn ebpf(facts: &Facts) -> Line {
 }
 
 fn nftables(facts: &Facts) -> Line {
-    let beside = beside(&facts.beside.nat_tables);
-    let result = facts.nftables.clone().map(|()| format!("possible: the kernel takes the rules{beside}"));
+    let result = facts.nftables.clone().map(|()| "possible: the kernel takes the rules".to_owned());
     Line::wanted(
         "nftables",
         result,
@@ -125,12 +132,8 @@ fn nftables(facts: &Facts) -> Line {
     )
 }
 
-fn beside(others: &[String]) -> String {
-    if others.is_empty() { String::new() } else { format!("; beside {}", others.join(", ")) }
-}
-
 fn hosts(facts: &Facts) -> Line {
-    let how = if facts.beside.hosts_is_mount { "written in place, since it is a mount" } else { "replaced" };
+    let how = if facts.hosts_is_mount { "written in place, since it is a mount" } else { "replaced" };
     let result = facts.hosts.clone().map(|()| format!("possible: the file can be {how}"));
     Line::wanted(
         "hosts",
@@ -155,8 +158,7 @@ fn confinement() -> Line {
     )
 }
 
-fn daemon(config: &Config) -> Line {
-    let status = client::get::<api::Status>(&config.paths.run, "/v1/status");
+fn daemon(status: &Result<api::Status, ClientError>) -> Line {
     let result = match status {
         Ok(status) => Ok(format!("running, {} services enabled", status.services.len())),
         Err(error) => Err(error.to_string()),
@@ -194,4 +196,30 @@ fn proxy_attached(config: &Config) -> Line {
         result,
         "set proxy.unit or proxy.cgroup to where the proxy runs; only listeners opened there get traffic",
     )
+}
+
+/// Whoever else changes where connections go: at the cgroups of services, enabled or configured, or else at the root, and
+/// in this network namespace.
+fn beside(config: &Config, status: Option<&api::Status>) -> Vec<Line> {
+    let root = probe::cgroup2_mount().unwrap_or_default();
+    let mut workloads = Workloads::new(root.clone());
+    let configured =
+        config.services.keys().filter_map(|name| workloads.cgroup(&Workloads::scope(config, name)));
+    let mut cgroups: BTreeSet<PathBuf> = configured.map(|cgroup| cgroup.dir).chain([root]).collect();
+    let scopes = status.iter().flat_map(|status| &status.services).flat_map(|service| &service.scopes);
+    cgroups.extend(scopes.map(|scope| workloads.dir(&scope.cgroup)));
+    let ours = Ebpf::new(config.paths.pins.clone(), config.proxy.admin).programs();
+    let (names, mut hooks) = (ebpf::names(), ebpf::Hooks::default());
+    let others = cgroups.iter().flat_map(|cgroup| ebpf::others_beside(&mut hooks, cgroup, &ours));
+    let programs = others.filter_map(|other| {
+        let cgroup = workloads.path_of_dir(&other.dir);
+        beside::program(&other, &cgroup, names.get(&other.id).map(String::as_str))
+    });
+    let chains = nftables::other_nat_chains().unwrap_or_default();
+    let findings: BTreeSet<beside::Finding> = programs.chain(chains.iter().map(beside::chain)).collect();
+    let line = |beside::Finding { who, how, ok, remedy }: beside::Finding| {
+        let found = format!("{who} {how}");
+        Line::wanted("beside", if ok { Ok(found) } else { Err(found) }, remedy)
+    };
+    findings.into_iter().map(line).collect()
 }

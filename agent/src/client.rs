@@ -34,8 +34,13 @@ pub(crate) enum ClientError {
         cause: io::Error,
     },
     /// The daemon refused.
-    #[error("{0}")]
-    Refused(String),
+    #[error("{error}")]
+    Refused {
+        /// Why.
+        error: String,
+        /// Programs of others' because of which it did.
+        programs: Vec<u32>,
+    },
     /// What has no end has ended.
     #[error(
         "the daemon has ended, and nothing more is shown; is it to be started again? `systemctl start mesh-redirect`"
@@ -167,8 +172,8 @@ async fn send(
     if response.status().is_success() {
         return Ok(response);
     }
-    let Refusal { error } = serde_json::from_slice(&whole(response).await?).map_err(protocol)?;
-    Err(ClientError::Refused(error))
+    let Refusal { error, programs } = serde_json::from_slice(&whole(response).await?).map_err(protocol)?;
+    Err(ClientError::Refused { error, programs })
 }
 
 async fn whole(response: Response<Incoming>) -> Result<Bytes, ClientError> {

@@ -1,18 +1,26 @@
 //! What each command does.
 
 use crate::{
-    api, attach, check, cleanup,
+    api, attach, beside, check, cleanup,
     cli::{self, Attach, Cli, Command},
     client::{self, ClientError},
     config::{Config, ConfigError, check_name},
     explain,
     output::Output,
-    paths, present, ready, run,
+    paths, present, ready,
+    redirect::ebpf::{self, Other},
+    run,
 };
 use anyhow::{Context as _, anyhow, bail};
 use nix::unistd::geteuid;
 use serde::Serialize;
-use std::{ffi::OsString, ops::ControlFlow, os::unix::process::CommandExt as _, process::ExitCode};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    ffi::OsString,
+    ops::ControlFlow,
+    os::unix::process::CommandExt as _,
+    process::ExitCode,
+};
 
 /// Usage and configuration errors, as clap's.
 const BAD_INPUT: u8 = 2;
@@ -96,7 +104,8 @@ fn change(
 ) -> anyhow::Result<()> {
     let cli::Change { services, all_matching, dry_run } = change;
     let change = api::Change { services, all_matching, observe, dry_run };
-    let changed: api::Changed = client::post(&config.paths.run, path, Some(&change))?;
+    let changed = client::post(&config.paths.run, path, Some(&change)).map_err(with_names)?;
+    let changed = with_those_beside(changed);
     Ok(output.result(&changed, |changed| present::changed(verb, changed))?)
 }
 
@@ -111,6 +120,28 @@ fn reload(config: &Config, dry_run: bool, output: Output) -> anyhow::Result<()> 
             _ => error.into(),
         })?;
     Ok(output.result(&reloaded, present::reloaded)?)
+}
+
+/// Programs have names only for those who may ask the kernel for them, which the daemon may not.
+fn with_names(error: ClientError) -> anyhow::Error {
+    let ClientError::Refused { error, programs } = &error else { return error.into() };
+    let names = if programs.is_empty() { BTreeMap::new() } else { ebpf::names() };
+    let called = programs.iter().filter_map(|id| Some(format!("; {}", beside::called(*id, names.get(id)?))));
+    anyhow::Error::msg(format!("{error}{}", called.collect::<String>()))
+}
+
+fn with_those_beside(mut changed: api::Changed) -> api::Changed {
+    let names = if changed.beside.is_empty() { BTreeMap::new() } else { ebpf::names() };
+    let mut notes = BTreeSet::new();
+    for found in &mut changed.beside {
+        found.name = names.get(&found.program).cloned();
+        let api::Beside { service, program: id, name, hook, cgroup, order } = found.clone();
+        let other = Other { id, hook, dir: cgroup.clone().into(), order };
+        let finding = beside::program(&other, &cgroup, name.as_deref()).filter(|finding| !finding.ok);
+        notes.extend(finding.map(|finding| format!("{service}: {finding}")));
+    }
+    changed.notes.extend(notes);
+    changed
 }
 
 fn status(config: &Config, output: Output) -> anyhow::Result<()> {

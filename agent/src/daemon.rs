@@ -11,7 +11,7 @@ use crate::{
     lock,
     mode::{self, Mode},
     origins, plan, probe,
-    redirect::{self, Cgroup, MapUsage, Ready, Redirect},
+    redirect::{self, Cgroup, MapUsage, Ready, Redirect, ebpf},
     routable::Routable,
     state::{Entry, State, StateFile},
     watch,
@@ -117,6 +117,16 @@ fn held(back: &Option<Box<Error>>) -> String {
     match back {
         None => "nothing has changed".to_owned(),
         Some(error) => format!("going back failed too, and is tried again every second: {error}"),
+    }
+}
+
+impl Error {
+    /// Programs of others' because of which it was not done, as the kernel calls them.
+    pub(crate) fn programs(&self) -> Vec<u32> {
+        match self {
+            Self::Redirect(redirect::Error::Ebpf(ebpf::Error::Held { by, .. })) => vec![by.id],
+            _ => vec![],
+        }
     }
 }
 

@@ -44,7 +44,7 @@ pub(crate) async fn accept(listener: &UnixListener) -> UnixStream {
 
 /// Says why not.
 pub(crate) fn refuse(status: StatusCode, error: &str) -> Response<Full<Bytes>> {
-    json(status, &api::Refusal { error: error.to_owned() })
+    json(status, &api::Refusal { error: error.to_owned(), programs: vec![] })
 }
 
 /// An answer.

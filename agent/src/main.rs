@@ -2,6 +2,7 @@
 
 mod api;
 mod attach;
+mod beside;
 mod check;
 mod cleanup;
 mod cli;

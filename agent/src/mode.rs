@@ -67,16 +67,6 @@ pub(crate) struct Facts {
     pub(crate) ebpf: Result<(), String>,
     pub(crate) nftables: Result<(), String>,
     pub(crate) hosts: Result<(), String>,
-    pub(crate) beside: Beside,
-}
-
-/// Who else does such things here. It makes no mode impossible, but people want to know.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub(crate) struct Beside {
-    /// Programs at the connect hooks of the root of the cgroups.
-    pub(crate) connect_hooks: Vec<String>,
-    /// Tables that translate addresses.
-    pub(crate) nat_tables: Vec<String>,
     /// Whether the hosts file is a mount, as in a container: it is written in place then.
     pub(crate) hosts_is_mount: bool,
 }
@@ -178,7 +168,7 @@ mod tests {
             ),
         ];
         for (wanted, [ebpf, nftables, hosts], expected) in cases {
-            let facts = Facts { ebpf, nftables, hosts, beside: Beside::default() };
+            let facts = Facts { ebpf, nftables, hosts, hosts_is_mount: false };
             match (choose(wanted, &facts), expected) {
                 (Ok(choice), Ok((mode, why))) => {
                     assert_eq!(choice.mode, mode, "{facts:?}");

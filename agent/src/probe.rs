@@ -2,7 +2,7 @@
 
 use crate::{
     config::Config,
-    mode::{Beside, Facts},
+    mode::Facts,
     redirect::{ebpf, hosts, nftables},
 };
 use std::{
@@ -39,11 +39,7 @@ pub(crate) fn facts(config: &Config) -> Facts {
         ebpf: root.as_ref().map(drop).map_err(Clone::clone).and_then(|()| bpffs()).and_then(|()| ebpf()),
         nftables: root.as_ref().map_err(Clone::clone).and_then(nftables),
         hosts: hosts::try_file(&config.paths.hosts).map_err(|error| error.to_string()),
-        beside: Beside {
-            connect_hooks: root.iter().flat_map(|root| ebpf::others(root).unwrap_or_default()).collect(),
-            nat_tables: nftables::other_nat_tables().unwrap_or_default(),
-            hosts_is_mount: is_mount(&config.paths.hosts),
-        },
+        hosts_is_mount: is_mount(&config.paths.hosts),
     }
 }
 

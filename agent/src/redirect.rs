@@ -117,6 +117,14 @@ impl Redirect {
         }
     }
 
+    /// Programs of others' at the hooks of services' cgroups, where they have hooks.
+    pub(crate) fn others(&self, cgroups: &[Option<Cgroup>]) -> Vec<Vec<ebpf::Other>> {
+        let Self::Ebpf(ebpf) = self else { return vec![Vec::new(); cgroups.len()] };
+        let (ours, mut hooks) = (ebpf.programs(), ebpf::Hooks::default());
+        let mut beside = |cgroup: &Cgroup| ebpf::others_beside(&mut hooks, &cgroup.dir, &ours);
+        cgroups.iter().map(|cgroup| cgroup.as_ref().map(&mut beside).unwrap_or_default()).collect()
+    }
+
     /// Says whether the proxy is ready, to modes in which the kernel does not see for itself.
     pub(crate) fn keep_alive(&mut self, ready: Ready) -> Result<(), Error> {
         match self {

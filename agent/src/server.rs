@@ -155,7 +155,7 @@ async fn answer(
     match (&head.method, &parts[..]) {
         (&Method::GET, ["v1", "status"]) => ask(requests, Request::Status).await,
         (_, ["v1", "services", name, ..]) if check_name(name).is_err() => {
-            json(StatusCode::BAD_REQUEST, &api::Refusal { error: check_name(name).err().unwrap_or_default() })
+            refuse(StatusCode::BAD_REQUEST, &check_name(name).err().unwrap_or_default())
         }
         (&Method::POST, ["v1", "enable"]) => match read(body).await {
             Ok(change) => ask(requests, |reply| Request::Enable(change, reply)).await,
@@ -232,7 +232,10 @@ async fn wait<T>(
     let (reply, answer) = oneshot::channel();
     requests.send(request(reply)).map_err(|_| stopping())?;
     let answer = answer.await.map_err(|_| stopping())?;
-    answer.map_err(|error| refuse(status_of(&error), &error.to_string()))
+    answer.map_err(|error| {
+        let programs = error.programs();
+        json(status_of(&error), &api::Refusal { error: error.to_string(), programs })
+    })
 }
 
 fn status_of(error: &daemon::Error) -> StatusCode {

@@ -166,9 +166,14 @@ impl Workloads {
 
     /// A cgroup's path, as the configuration writes it.
     pub(crate) fn path_of(&self, cgroup: &Cgroup) -> String {
-        match cgroup.dir.strip_prefix(&self.cgroup_root) {
+        self.path_of_dir(&cgroup.dir)
+    }
+
+    /// The same of its directory.
+    pub(crate) fn path_of_dir(&self, dir: &Path) -> String {
+        match dir.strip_prefix(&self.cgroup_root) {
             Ok(below) => format!("/{}", below.display()),
-            Err(_) => cgroup.dir.display().to_string(),
+            Err(_) => dir.display().to_string(),
         }
     }
 

@@ -157,7 +157,7 @@ fn restart_fifty_times(sandbox: &Sandbox, release: Release) {
     shop.run("systemctl stop mesh-redirect");
     shop.run(&restart);
 
-    let said = shop.run("journalctl --unit first --output cat");
+    let said = shop.run("journalctl --sync && journalctl --unit first --output cat");
     let served = |by: &str| said.lines().filter(|line| *line == format!("10.77.0.10:8080 {by}")).count();
     assert_eq!((served("a") + served("b"), served("origin")), (2 * RESTARTS, 0), "{said}");
     assert_eq!(shop.origin.requests(), direct);

@@ -130,11 +130,16 @@ fn ids(objects: &[Value]) -> Ids {
     objects.iter().filter_map(|object| object["id"].as_u64()).collect()
 }
 
+/// Also while others come and go, of whom bpftool says that it cannot have them.
 #[track_caller]
 fn list(args: &[&str]) -> Vec<Value> {
-    let output = bpftool(args);
-    assert!(output.status.success(), "bpftool {args:?}: {}", String::from_utf8_lossy(&output.stdout));
-    objects(&output)
+    let mut said = String::new();
+    let listed = wait_for(Duration::from_secs(5), || {
+        let output = bpftool(args);
+        said = String::from_utf8_lossy(&output.stdout).into_owned();
+        output.status.success().then(|| objects(&output))
+    });
+    listed.unwrap_or_else(|| panic!("bpftool {args:?}: {said}"))
 }
 
 fn bpftool(args: &[&str]) -> Output {

@@ -2,10 +2,14 @@
 
 use super::{Daemon, Error};
 use crate::{
-    api,
+    api, beside,
     config::{Failure, Scope, check_name},
     mode::Mode,
     plan, probe,
+    redirect::{
+        ebpf::Other,
+        nftables::{self, NatChain},
+    },
     state::{Container, State},
     workload::{
         self, Workloads,
@@ -36,7 +40,9 @@ impl Daemon {
             next.set_container(name, self.container(name, scope));
         }
         if change.dry_run {
-            return Ok(api::Changed { services, notes: vec![], difference: Some(self.difference(&next)?) });
+            let difference = Some(self.difference(&next)?);
+            let beside = self.beside(&names, &scopes);
+            return Ok(api::Changed { services, notes: vec![], difference, beside });
         }
         self.commit(next)?;
         let drop_ins: Vec<DropIn> =
@@ -52,7 +58,9 @@ impl Daemon {
         for (name, _) in names.iter().zip(absent).filter(|(_, absent)| *absent) {
             notes.push(format!("{name} does not run now; it will be steered from its first connection"));
         }
-        Ok(api::Changed { services, notes, difference: None })
+        notes.extend(self.beside_notes());
+        let beside = self.beside(&names, &scopes);
+        Ok(api::Changed { services, notes, difference: None, beside })
     }
 
     pub(super) fn disable(&mut self, change: &api::Change) -> Result<api::Changed, Error> {
@@ -64,7 +72,8 @@ impl Daemon {
             .map(|service| api::ChangedService { service: service.clone(), changed: next.disable(service) });
         let services = services.collect();
         if change.dry_run {
-            return Ok(api::Changed { services, notes: vec![], difference: Some(self.difference(&next)?) });
+            let difference = Some(self.difference(&next)?);
+            return Ok(api::Changed { services, notes: vec![], difference, beside: vec![] });
         }
         self.commit(next)?;
         let scopes: Vec<Scope> = names.iter().map(|name| Workloads::scope(&self.config, name)).collect();
@@ -72,7 +81,34 @@ impl Daemon {
         systemd::remove_drop_ins(units).map_err(drop_in_error("remove"))?;
         self.register_hook().map_err(hook_error("remove"))?;
         names.iter().for_each(|name| started::forget(&self.config.paths.run, name));
-        Ok(api::Changed { services, notes: self.lost_addresses(&names), difference: None })
+        let notes = self.lost_addresses(&names);
+        Ok(api::Changed { services, notes, difference: None, beside: vec![] })
+    }
+
+    /// Programs of others' beside those of services.
+    fn beside(&mut self, names: &[String], scopes: &[Scope]) -> Vec<api::Beside> {
+        let cgroups: Vec<_> = scopes.iter().map(|scope| self.workloads.cgroup(scope)).collect();
+        let beside = |(service, other): (&String, Other)| api::Beside {
+            service: service.clone(),
+            program: other.id,
+            name: None,
+            hook: other.hook,
+            cgroup: self.workloads.path_of_dir(&other.dir),
+            order: other.order,
+        };
+        let others = names.iter().zip(self.redirect.others(&cgroups));
+        others
+            .flat_map(|(name, others)| others.into_iter().map(move |other| (name, other)))
+            .map(beside)
+            .collect()
+    }
+
+    /// Tables of others' that do not just go with ours.
+    fn beside_notes(&self) -> Vec<String> {
+        let chains = nftables::other_nat_chains().unwrap_or_default();
+        let matters = |chain: &&NatChain| self.mode == Mode::Nftables || beside::steers(chain);
+        let findings = chains.iter().filter(matters).map(beside::chain);
+        findings.filter(|finding| !finding.ok).map(|finding| finding.to_string()).collect()
     }
 
     /// What has to be said to those whose names had addresses that lead nowhere now.

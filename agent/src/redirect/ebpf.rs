@@ -7,12 +7,14 @@ mod decisions;
 mod error;
 mod maps;
 mod object;
+mod others;
 mod pins;
 mod retire;
 mod usage;
 mod written;
 
-pub(crate) use object::{others, try_load};
+pub(crate) use object::try_load;
+pub(crate) use others::{Hooks, Order, Other, names};
 
 pub(crate) use decisions::{Decisions, monotonic};
 pub(crate) use error::Error;
@@ -27,7 +29,14 @@ use written::Written;
 use super::{Cgroup, Desired, Service, ServiceStatus, Status};
 use crate::ready;
 use agent_ebpf::programs::{self, Program};
-use std::{collections::BTreeSet, net::SocketAddr, os::fd::AsFd as _, path::PathBuf, thread, time::Duration};
+use std::{
+    collections::BTreeSet,
+    net::SocketAddr,
+    os::fd::AsFd as _,
+    path::{Path, PathBuf},
+    thread,
+    time::Duration,
+};
 
 /// A proxy that was there before the hooks is known to them from its next heartbeat on. Services are steered after
 /// that, so that none sees a moment in which the proxy counts as absent.
@@ -89,8 +98,9 @@ impl Ebpf {
         self.attached.retain(|scope| present.contains(scope));
         let mut maps = Maps::open(&self.pins)?;
         let mut scopes = Scopes::open(&self.pins)?;
+        let mut hooks = Hooks::default();
         if let Some(cgroup) = &desired.proxy {
-            let anew = attach(&self.pins, Owner::Proxy, cgroup, &programs::PROXY)?;
+            let anew = attach(&self.pins, &mut hooks, Owner::Proxy, cgroup, &programs::PROXY)?;
             let takes_over = others.iter().any(Pins::are_complete);
             // One that is asked whether it is ready sends its heartbeats before it says so.
             if (anew || takes_over) && cgroup.is_populated() && !ready::says_ready(self.proxy_admin) {
@@ -99,7 +109,7 @@ impl Ebpf {
         }
         for service in &desired.services {
             self.written.write(&mut maps, service)?;
-            self.attach_all(&mut scopes, service)?;
+            self.attach_all(&mut hooks, &mut scopes, service)?;
         }
         self.written.write_virtual(&mut maps, &desired.virtual_addresses)?;
         self.detach_others(desired)?;
@@ -133,10 +143,10 @@ impl Ebpf {
                     self.written.write(&mut maps, service)?;
                 }
             }
-            let mut scopes = Scopes::open(&pins)?;
+            let (mut hooks, mut scopes) = (Hooks::default(), Scopes::open(&pins)?);
             let programs = pins.known(&programs_of(service))?;
             for cgroup in &service.scopes {
-                absent_is_fine(attach_service(&pins, &mut scopes, service, cgroup, &programs))?;
+                absent_is_fine(attach_service(&pins, &mut hooks, &mut scopes, service, cgroup, &programs))?;
             }
         }
         Ok(())
@@ -145,7 +155,7 @@ impl Ebpf {
     /// Makes a cgroup the proxy's; for a proxy that is about to start.
     pub(crate) fn attach_proxy(&mut self, cgroup: &Cgroup) -> Result<(), Error> {
         for pins in self.attachable()? {
-            attach(&pins, Owner::Proxy, cgroup, &pins.known(&programs::PROXY)?)?;
+            attach(&pins, &mut Hooks::default(), Owner::Proxy, cgroup, &pins.known(&programs::PROXY)?)?;
         }
         Ok(())
     }
@@ -203,14 +213,19 @@ impl Ebpf {
         if self.pins.are_complete() { self.evicted.usage(&self.pins) } else { Ok(Vec::new()) }
     }
 
-    fn attach_all(&mut self, scopes: &mut Scopes, service: &Service) -> Result<(), Error> {
+    /// What the kernel calls our programs.
+    pub(crate) fn programs(&self) -> BTreeSet<u32> {
+        object::ids(&self.pins)
+    }
+
+    fn attach_all(&mut self, hooks: &mut Hooks, scopes: &mut Scopes, service: &Service) -> Result<(), Error> {
         let programs = programs_of(service);
         for cgroup in &service.scopes {
             let scope = pins::Scope { owner: Owner::Service(service.id), cgroup: cgroup.id };
             if self.attached.contains(&scope) {
                 continue;
             }
-            let attached = attach_service(&self.pins, scopes, service, cgroup, &programs);
+            let attached = attach_service(&self.pins, hooks, scopes, service, cgroup, &programs);
             if service.dns_port.is_none() {
                 self.pins.remove_links(scope, &programs::DATAGRAM)?;
             }
@@ -236,24 +251,33 @@ impl Ebpf {
 /// Attaches a service's programs to a cgroup, and says whose they are there.
 fn attach_service(
     pins: &Pins,
+    hooks: &mut Hooks,
     scopes: &mut Scopes,
     service: &Service,
     cgroup: &Cgroup,
     programs: &[Program],
 ) -> Result<(), Error> {
-    attach(pins, Owner::Service(service.id), cgroup, programs)?;
+    attach(pins, hooks, Owner::Service(service.id), cgroup, programs)?;
     scopes.set(cgroup, service.id, programs)
 }
 
 /// Attaches programs to a cgroup and pins the links, as far as they are not there. True when one was not.
-fn attach(pins: &Pins, owner: Owner, cgroup: &Cgroup, programs: &[Program]) -> Result<bool, Error> {
+fn attach(
+    pins: &Pins,
+    hooks: &mut Hooks,
+    owner: Owner,
+    cgroup: &Cgroup,
+    programs: &[Program],
+) -> Result<bool, Error> {
     let scope = pins::Scope { owner, cgroup: cgroup.id };
+    let absent: Vec<Program> =
+        programs.iter().copied().filter(|program| !pins.has_link(scope, *program)).collect();
+    if let Some((Program { name, .. }, by)) = hooks.in_the_way(&cgroup.dir, &absent) {
+        return Err(Error::Held { program: name, cgroup: cgroup.clone(), by });
+    }
     pins.create_scope(scope)?;
-    let mut anew = false;
-    for &program in programs {
-        if pins.has_link(scope, program) {
-            continue;
-        }
+    let anew = !absent.is_empty();
+    for program in absent {
         let attached =
             object::link(pins, program, cgroup).and_then(|link| pins.pin_link(scope, program, link.as_fd()));
         if let Err(error) = attached {
@@ -262,7 +286,6 @@ fn attach(pins: &Pins, owner: Owner, cgroup: &Cgroup, programs: &[Program]) -> R
             }
             return Err(error);
         }
-        anew = true;
     }
     Ok(anew)
 }
@@ -273,6 +296,13 @@ fn absent_is_fine(attached: Result<(), Error>) -> Result<bool, Error> {
         Err(Error::Gone { .. }) => Ok(false),
         attached => attached.map(|()| true),
     }
+}
+
+/// Programs that are not among ours at the hooks of services, as far as they can be asked for.
+pub(crate) fn others_beside(hooks: &mut Hooks, cgroup: &Path, ours: &BTreeSet<u32>) -> Vec<Other> {
+    let programs = [&programs::DATAGRAM[..], &programs::SERVICE].concat();
+    let others = hooks.others(cgroup, &programs, ours);
+    others.inspect_err(|error| tracing::debug!("programs of others: {error}")).unwrap_or_default()
 }
 
 /// What is attached to a service's cgroups.

@@ -11,6 +11,8 @@ use super::{Cgroup, Desired, Ready, Service, ServiceStatus, Status};
 use crate::{config::Failure, rules, sockets};
 use agent_ebpf::Counters;
 use kernel::Kernel;
+pub(crate) use kernel::NatChain;
+pub(crate) use ruleset::PRIORITY;
 use ruleset::{COUNTERS, Ruleset, counter};
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -178,7 +180,7 @@ pub(crate) fn try_rules(cgroup_root: &Path) -> Result<(), Error> {
     Kernel::open()?.check(message::replace(&message::Present::default(), &ruleset))
 }
 
-/// Tables of others' that translate addresses too.
-pub(crate) fn other_nat_tables() -> Result<Vec<String>, Error> {
-    Kernel::open()?.other_nat_tables()
+/// Tables of others' that translate addresses of connections from here.
+pub(crate) fn other_nat_chains() -> Result<Vec<NatChain>, Error> {
+    Kernel::open()?.other_nat_chains()
 }

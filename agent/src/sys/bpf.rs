@@ -70,8 +70,39 @@ pub(crate) fn link_info(link: BorrowedFd<'_>) -> io::Result<CgroupLinkInfo> {
     Ok(info)
 }
 
-/// Ids of the programs at a hook of a cgroup, whoever attached them; not those of cgroups above. Linux 4.15.
-pub(crate) fn attached(cgroup: BorrowedFd<'_>, attach_type: u32) -> io::Result<Vec<u32>> {
+/// The programs at a hook of a cgroup, whoever attached them; not those of cgroups above.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Attached {
+    /// In the order in which they run.
+    pub(crate) ids: Vec<u32>,
+    pub(crate) sharing: Sharing,
+}
+
+/// How programs at a hook go with others, as the first one asked for when it was attached.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Sharing {
+    /// None beside it, and none below; also where there is no program.
+    Alone,
+    /// None beside it; those below take its place (BPF_F_ALLOW_OVERRIDE).
+    GivesWay,
+    /// All run (BPF_F_ALLOW_MULTI).
+    Many,
+}
+
+impl Sharing {
+    pub(crate) fn from_flags(flags: u32) -> Self {
+        const BPF_F_ALLOW_OVERRIDE: u32 = 1;
+        const BPF_F_ALLOW_MULTI: u32 = 2;
+        match flags {
+            _ if flags & BPF_F_ALLOW_MULTI != 0 => Self::Many,
+            _ if flags & BPF_F_ALLOW_OVERRIDE != 0 => Self::GivesWay,
+            _ => Self::Alone,
+        }
+    }
+}
+
+/// What is at a hook of a cgroup. Linux 4.15.
+pub(crate) fn attached(cgroup: BorrowedFd<'_>, attach_type: u32) -> io::Result<Attached> {
     #[repr(C)]
     struct Attr {
         cgroup: u32,
@@ -94,7 +125,8 @@ pub(crate) fn attached(cgroup: BorrowedFd<'_>, attach_type: u32) -> io::Result<V
         padding: 0,
     };
     bpf(BPF_PROG_QUERY, &mut attr)?;
-    Ok(ids.into_iter().take(attr.count as usize).collect())
+    let ids = ids.into_iter().take(attr.count as usize).collect();
+    Ok(Attached { ids, sharing: Sharing::from_flags(attr.attach_flags) })
 }
 
 /// How many entries a hash map holds, read in one pass over its buckets; `value_size` is that of all CPUs together where

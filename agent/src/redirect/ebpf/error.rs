@@ -1,6 +1,6 @@
 //! What can go wrong between the agent and the kernel, each with what was being done and to what.
 
-use super::Cgroup;
+use super::{Cgroup, Order, Other};
 use std::{io, path::PathBuf};
 
 /// See the module.
@@ -46,6 +46,19 @@ pub(crate) enum Error {
         cgroup: Cgroup,
         /// Why.
         cause: io::Error,
+    },
+    /// Another program is in the way.
+    #[error(
+        "attach {program} to {cgroup}: program {id}, which is not ours, {how}; have it attached so that others may be there too (BPF_F_ALLOW_MULTI, `multi` of bpftool), or set `mode: nftables`",
+        id = .by.id, how = how(.by)
+    )]
+    Held {
+        /// Which.
+        program: &'static str,
+        /// To what.
+        cgroup: Cgroup,
+        /// The other one.
+        by: Other,
     },
     /// A cgroup vanished before everything was attached to it.
     #[error("attach {program} to {cgroup}: the cgroup is gone")]
@@ -111,6 +124,16 @@ fn refusal(error: &aya::programs::ProgramError) -> String {
     };
     let said = if last.is_empty() { String::new() } else { format!("; the verifier: {}", last.join(" | ")) };
     format!("{io_error}{hint}{said}")
+}
+
+fn how(other: &Other) -> String {
+    let place = format!("{} of {}", other.hook, other.dir.display());
+    match other.order {
+        Order::Displaced => {
+            format!("is at {place} so that those below take its place: it would not run there any more")
+        }
+        _ => format!("holds {place} for itself"),
+    }
 }
 
 fn attach_hint(error: &io::Error) -> &'static str {

@@ -98,20 +98,10 @@ pub(crate) fn try_load() -> Result<(), Error> {
     load_programs(&mut ebpf)
 }
 
-/// Programs of others' at the connect hooks of a cgroup, as `NAME (id ID)`.
-pub(crate) fn others(cgroup: &Path) -> io::Result<Vec<String>> {
-    let dir = fs::File::open(cgroup)?;
-    let hooks = [programs::BPF_CGROUP_INET4_CONNECT, programs::BPF_CGROUP_INET6_CONNECT];
-    let ids = hooks.map(|hook| bpf::attached(dir.as_fd(), hook));
-    let ids: BTreeSet<u32> = ids.into_iter().collect::<io::Result<Vec<_>>>()?.into_iter().flatten().collect();
-    let infos = aya::programs::loaded_programs().filter_map(Result::ok);
-    let named = infos.filter(|info| ids.contains(&info.id())).map(|info| (info.id(), name(&info)));
-    let others = named.filter(|(_, name)| programs::all().all(|ours| !ours.name.starts_with(name.as_str())));
-    Ok(others.map(|(id, name)| format!("{name} (id {id})")).collect())
-}
-
-fn name(info: &ProgramInfo) -> String {
-    info.name_as_str().filter(|name| !name.is_empty()).unwrap_or("a program without a name").to_owned()
+/// What the kernel calls the programs that are pinned.
+pub(super) fn ids(pins: &Pins) -> BTreeSet<u32> {
+    let infos = programs::all().filter_map(|program| ProgramInfo::from_pin(pins.program(program)).ok());
+    infos.map(|info| info.id()).collect()
 }
 
 /// Attaches a pinned program to a cgroup.

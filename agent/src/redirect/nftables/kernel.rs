@@ -8,7 +8,10 @@ use super::{
 use crate::netlink::{self, Attributes, HEADER, Messages, Netlink, attribute, attributes};
 use nftnl::Batch;
 use nix::sys::socket::SockProtocol;
-use std::collections::{BTreeMap, BTreeSet};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    fs,
+};
 
 /// Bytes that a transaction and its acknowledgements may take: some ten thousand services.
 const BUFFER: usize = 256 << 20;
@@ -20,15 +23,29 @@ const NFNL_MSG_BATCH_BEGIN: u16 = 16;
 /// The first attribute of chains, rules, sets and objects is their table's name.
 const NFTA_TABLE: u16 = 1;
 const NFTA_CHAIN_NAME: u16 = 3;
+const NFTA_CHAIN_HOOK: u16 = 4;
 const NFTA_CHAIN_TYPE: u16 = 7;
+const NFTA_HOOK_HOOKNUM: u16 = 1;
+const NFTA_HOOK_PRIORITY: u16 = 2;
 const NFTA_SET_NAME: u16 = 2;
 const NFTA_RULE_CHAIN: u16 = 2;
 const NFTA_RULE_USERDATA: u16 = 7;
 const NFTA_OBJ_NAME: u16 = 2;
 const NFTA_OBJ_DATA: u16 = 4;
 const NFTA_COUNTER_PACKETS: u16 = 2;
-const NFPROTO_UNSPEC: u8 = 0;
 const NFPROTO_INET: u8 = 1;
+const NFPROTO_IPV4: u8 = 2;
+const NFPROTO_IPV6: u8 = 10;
+const NF_INET_LOCAL_OUT: i32 = 3;
+
+/// Families with their names in nft's words, and where the names of tables of iptables' older kind are.
+const FAMILIES: [(u8, &str, Option<&str>); 3] = [
+    (NFPROTO_IPV4, "ip", Some("/proc/thread-self/net/ip_tables_names")),
+    (NFPROTO_IPV6, "ip6", Some("/proc/thread-self/net/ip6_tables_names")),
+    (NFPROTO_INET, "inet", None),
+];
+/// Of every table `nat` of iptables (NF_IP_PRI_NAT_DST).
+const LEGACY_PRIORITY: i32 = -100;
 
 /// What there is to talk to.
 #[derive(Debug)]
@@ -98,14 +115,23 @@ impl Kernel {
         Ok(objects.iter().filter(|object| is_ours(object)).filter_map(counter).collect())
     }
 
-    /// Tables of others' that translate addresses, as `FAMILY TABLE`.
-    pub(super) fn other_nat_tables(&self) -> Result<Vec<String>, Error> {
-        let chains = self.dump(libc::NFT_MSG_GETCHAIN, NFPROTO_UNSPEC, &[])?;
-        let nat = chains.iter().filter(|chain| name(chain, NFTA_CHAIN_TYPE) == "nat" && !is_ours(chain));
-        let mut tables: Vec<String> = nat.map(|chain| name(chain, NFTA_TABLE)).collect();
-        tables.sort();
-        tables.dedup();
-        Ok(tables)
+    /// Tables of others' that translate addresses of connections from here, those of iptables' older kind by their files.
+    pub(super) fn other_nat_chains(&self) -> Result<Vec<NatChain>, Error> {
+        let mut found = Vec::new();
+        for (number, family, legacy) in FAMILIES {
+            let chains = self.dump(libc::NFT_MSG_GETCHAIN, number, &[])?;
+            let chains: Vec<&Attributes> = chains.iter().filter(|chain| !is_ours(chain)).collect();
+            found.extend(nat_chains(family, &chains));
+            let tables = legacy.and_then(|file| fs::read_to_string(file).ok()).unwrap_or_default();
+            let is_nat = tables.lines().any(|table| table == "nat");
+            found.extend(is_nat.then(|| NatChain {
+                family,
+                table: "nat of iptables-legacy".to_owned(),
+                chains: BTreeSet::new(),
+                priority: LEGACY_PRIORITY,
+            }));
+        }
+        Ok(found)
     }
 
     fn dump(
@@ -133,6 +159,33 @@ impl Kernel {
         }
         Ok(found)
     }
+}
+
+/// A table with a chain through which connections go that begin here, to be translated.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct NatChain {
+    pub(crate) family: &'static str,
+    pub(crate) table: String,
+    /// All that are in the table.
+    pub(crate) chains: BTreeSet<String>,
+    /// Lower ones are asked first, and the first that translates is the last that is asked.
+    pub(crate) priority: i32,
+}
+
+/// One for each such chain among those of a family.
+fn nat_chains(family: &'static str, chains: &[&Attributes]) -> Vec<NatChain> {
+    let base = |chain: &&&Attributes| name(chain, NFTA_CHAIN_TYPE) == "nat";
+    let nat = chains.iter().filter(base).filter_map(|chain| {
+        let hook = attributes(chain.get(&NFTA_CHAIN_HOOK)?);
+        let number = |kind| hook.get(&kind)?.as_slice().try_into().ok().map(i32::from_be_bytes);
+        let priority =
+            number(NFTA_HOOK_PRIORITY).filter(|_| number(NFTA_HOOK_HOOKNUM) == Some(NF_INET_LOCAL_OUT))?;
+        let table = name(chain, NFTA_TABLE);
+        let beside = chains.iter().filter(|chain| name(chain, NFTA_TABLE) == table);
+        let chains = beside.map(|chain| name(chain, NFTA_CHAIN_NAME)).collect();
+        Some(NatChain { family, table, chains, priority })
+    });
+    nat.collect()
 }
 
 fn request(kind: u16, flags: libc::c_int, family: u8, filter: &[(u16, &str)]) -> Vec<u8> {

@@ -28,7 +28,7 @@ const DISPATCH: &str = "dispatch";
 /// The chain, and the beginning of the maps' names, for virtual addresses.
 const VIRTUAL: &str = "virtual";
 /// Before other destination NAT (-100), so that a service's connections are ours first.
-pub(super) const PRIORITY: i32 = -110;
+pub(crate) const PRIORITY: i32 = -110;
 /// The families for which the proxy is alive, for so long.
 pub(super) const ALIVE: &str = "alive";
 

@@ -8,7 +8,9 @@
 //!     peer datagrams ADDRESS      returns every datagram
 //!     peer sink ADDRESS           closes every connection, and says nothing of them
 //!
-//!     peer hook CGROUP            attaches a connect hook that lets everything pass
+//!     peer hook [--name NAME] [--alone | --gives-way] [--translate FROM TO] CGROUP
+//!                                 attaches a connect hook, which others may be beside unless it says otherwise, and which
+//!                                 lets everything pass, or takes one address and port for another as a load balancer
 //!     peer count-runs             has the kernel count how often programs run
 //!
 //! Clients, which say what they saw:
@@ -60,7 +62,7 @@ fn run(args: &[&str]) -> anyhow::Result<()> {
         ["datagrams", address] => server::datagrams(address),
         ["sink", address] => server::sink(address),
         ["count-runs"] => hook::count_runs(),
-        ["hook", cgroup] => hook::attach(cgroup),
+        ["hook", options @ .., cgroup] => hook::attach(cgroup, &hook::Hook::parse(options)?),
         ["datagram", address] => client::datagram(address.parse()?),
         ["connect", options @ .., address] => client::connect(address.parse()?, options),
         ["decide", addresses @ ..] => client::decide(addresses),
