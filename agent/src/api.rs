@@ -5,6 +5,7 @@
 //! | `GET /v1/status` | [`Status`] |
 //! | `POST /v1/enable` with [`Change`] | [`Changed`] |
 //! | `POST /v1/disable` with [`Change`] | [`Changed`] |
+//! | `POST /v1/connections` with [`Connections`] | [`Found`]: open connections, which are closed if so asked |
 //! | `POST /v1/reload`, or with [`Reload`] | [`Reloaded`]: the configuration was read anew |
 //! | `POST /v1/services/NAME/commands` | [`Joined`]: the calling process is in a steered cgroup of its own now |
 //! | `POST /v1/services/NAME/processes` with [`Process`] | [`Joined`]: it and its descendants are in a steered cgroup |
@@ -15,6 +16,7 @@
 //! What fails answers 4xx or 5xx with [`Refusal`].
 
 use crate::{mode::Mode, redirect::ebpf::Order};
+use clap::ValueEnum;
 use serde::{Deserialize, Serialize};
 use std::{collections::BTreeSet, net::SocketAddr};
 
@@ -22,6 +24,10 @@ use std::{collections::BTreeSet, net::SocketAddr};
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) struct Status {
     pub(crate) mode: Mode,
+    /// Whether everything is as it is wanted.
+    pub(crate) healthy: bool,
+    /// What is not.
+    pub(crate) drift: Vec<Drift>,
     pub(crate) proxy: Proxy,
     pub(crate) services: Vec<Service>,
     /// Other ABI versions of the programs that are still there for connections which they steered.
@@ -42,6 +48,16 @@ pub(crate) struct Map {
     pub(crate) evicted: Option<u64>,
 }
 
+/// Something that was not as it is wanted when it was asked for.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct Drift {
+    /// Whose it is, where it is one service's.
+    pub(crate) service: Option<String>,
+    pub(crate) finding: String,
+    /// What to do.
+    pub(crate) remedy: String,
+}
+
 /// The proxy's side.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) struct Proxy {
@@ -60,11 +76,15 @@ pub(crate) struct Service {
     pub(crate) enabled: bool,
     /// Whether what would be steered is only counted.
     pub(crate) observe: bool,
+    pub(crate) mode: Mode,
     /// Seconds of the Unix epoch.
     pub(crate) since: u64,
     pub(crate) failure: String,
     /// Where its processes are; none for a unit that does not run.
     pub(crate) scopes: Vec<Scope>,
+    /// Open connections that policy steers and that are not steered, since they were made before; none where it cannot be
+    /// said: of names, and of what is only observed.
+    pub(crate) unsteered: Option<usize>,
     pub(crate) counters: Counters,
 }
 
@@ -100,6 +120,68 @@ pub(crate) struct Change {
     pub(crate) observe: bool,
     /// Whether nothing shall be done, only told.
     pub(crate) dry_run: bool,
+    /// What becomes of connections that are open.
+    pub(crate) existing: Existing,
+}
+
+/// What becomes of open connections that are not steered as they were, had they been made now.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ValueEnum)]
+#[serde(rename_all = "lowercase")]
+pub(crate) enum Existing {
+    /// They go on as they are
+    #[default]
+    Keep,
+    /// They get time to end by themselves, and are closed then
+    Drain,
+    /// They are closed at once
+    Reset,
+}
+
+/// Open connections of services.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(crate) struct Connections {
+    pub(crate) services: Vec<String>,
+    /// Those that are steered, of services that are disabled; else those that are not and should be, of enabled ones.
+    pub(crate) steered: bool,
+    /// Whether they shall be closed.
+    #[serde(default)]
+    pub(crate) reset: bool,
+}
+
+/// Open connections that were found.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct Found {
+    pub(crate) existing: Vec<OfService>,
+}
+
+/// Those of one service.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct OfService {
+    pub(crate) service: String,
+    /// Whether they are steered, as the service's are no longer; else they are not, as the service's are now.
+    pub(crate) steered: bool,
+    /// How many there were.
+    pub(crate) count: usize,
+    /// How many of them were closed.
+    pub(crate) reset: usize,
+    /// How many are still open.
+    pub(crate) open: usize,
+    /// The first of them, as many as [`MAX_LISTED`].
+    pub(crate) connections: Vec<Connection>,
+    /// [`MAX_LISTED`].
+    pub(crate) listed_at_most: usize,
+}
+
+/// Connections of one service that are listed, not only counted.
+pub(crate) const MAX_LISTED: usize = 100;
+
+/// A connection.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct Connection {
+    pub(crate) local: SocketAddr,
+    /// The other end, as the service's socket has it: the proxy's of one that is steered by hooks.
+    pub(crate) remote: SocketAddr,
 }
 
 /// Services were enabled or disabled, or would be.
@@ -108,6 +190,8 @@ pub(crate) struct Changed {
     pub(crate) services: Vec<ChangedService>,
     /// What the user should know: a unit that does not run, a proxy that is not there.
     pub(crate) notes: Vec<String>,
+    /// Connections that are open from before; none where they do not tell, and of services that are only observed.
+    pub(crate) existing: Option<Vec<OfService>>,
     /// Of a dry run: what would be added (`+`) and removed (`-`).
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub(crate) difference: Option<String>,

@@ -1,11 +1,11 @@
 //! The command line, without logic.
 
 use crate::{
-    api::Watch,
+    api::{Existing, Watch},
     explain::{Destination, Proto},
 };
 use clap::{Args, Parser, Subcommand, value_parser};
-use std::{ffi::OsString, path::PathBuf};
+use std::{ffi::OsString, path::PathBuf, time::Duration};
 
 /// Steers unmodified services' outbound connections into a co-located proxy, one service at a time.
 #[derive(Debug, Parser)]
@@ -31,10 +31,10 @@ pub(crate) enum Command {
         #[command(flatten)]
         change: Change,
         /// Only count what would be steered, and let it go where it was going
-        #[arg(long)]
+        #[arg(long, conflicts_with = "existing")]
         observe: bool,
     },
-    /// Stop steering services; connections that are steered live on
+    /// Stop steering services
     Disable {
         #[command(flatten)]
         change: Change,
@@ -123,6 +123,12 @@ pub(crate) struct Change {
     /// Do nothing; show what would be added and removed
     #[arg(long)]
     pub(crate) dry_run: bool,
+    /// What becomes of the services' open connections that are steered otherwise than new ones
+    #[arg(long, value_enum, default_value_t, value_name = "WHAT", conflicts_with = "dry_run")]
+    pub(crate) existing: Existing,
+    /// How long `--existing=drain` waits before it closes those that are left
+    #[arg(long, value_parser = humantime::parse_duration, default_value = "30s", value_name = "TIME")]
+    pub(crate) drain_timeout: Duration,
 }
 
 /// Whose cgroup it is.

@@ -5,7 +5,7 @@ use crate::{
     cli::{self, Attach, Cli, Command},
     client::{self, ClientError},
     config::{Config, ConfigError, check_name},
-    explain,
+    drain, explain,
     output::Output,
     paths, present, ready,
     redirect::ebpf::{self, Other},
@@ -24,6 +24,8 @@ use std::{
 
 /// Usage and configuration errors, as clap's.
 const BAD_INPUT: u8 = 2;
+/// A status that was told, and is not what is wanted.
+const NOT_AS_WANTED: u8 = 3;
 
 /// Runs a command line.
 pub(crate) fn run(cli: Cli) -> ExitCode {
@@ -58,7 +60,7 @@ fn execute(cli: Cli, output: Output) -> anyhow::Result<ExitCode> {
             self::change(&config, "/v1/disable", "disabled", change, false, output)?;
         }
         Command::Reload { dry_run } => reload(&config, dry_run, output)?,
-        Command::Status => status(&config, output)?,
+        Command::Status => return status(&config, output),
         Command::Watch { services, rate, count } => {
             let watch = api::Watch { services: services.into_iter().collect(), rate };
             self::watch(&config, &watch, count, output)?;
@@ -102,10 +104,13 @@ fn change(
     observe: bool,
     output: Output,
 ) -> anyhow::Result<()> {
-    let cli::Change { services, all_matching, dry_run } = change;
-    let change = api::Change { services, all_matching, observe, dry_run };
+    let cli::Change { services, all_matching, dry_run, existing, drain_timeout } = change;
+    let change = api::Change { services, all_matching, observe, dry_run, existing };
     let changed = client::post(&config.paths.run, path, Some(&change)).map_err(with_names)?;
-    let changed = with_those_beside(changed);
+    let mut changed = with_those_beside(changed);
+    if let (api::Existing::Drain, Some(existing)) = (existing, &mut changed.existing) {
+        drain::drain(config, existing, drain_timeout, output)?;
+    }
     Ok(output.result(&changed, |changed| present::changed(verb, changed))?)
 }
 
@@ -144,9 +149,10 @@ fn with_those_beside(mut changed: api::Changed) -> api::Changed {
     changed
 }
 
-fn status(config: &Config, output: Output) -> anyhow::Result<()> {
+fn status(config: &Config, output: Output) -> anyhow::Result<ExitCode> {
     let status: api::Status = client::get(&config.paths.run, "/v1/status")?;
-    Ok(output.result(&status, present::status)?)
+    output.result(&status, present::status)?;
+    Ok(if status.healthy { ExitCode::SUCCESS } else { ExitCode::from(NOT_AS_WANTED) })
 }
 
 /// Until enough was shown, or nobody reads it any more. The daemon shall outlive it.

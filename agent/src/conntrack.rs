@@ -33,16 +33,25 @@ const CTA_PROTO_DST_PORT: u16 = 3;
 /// How the packets that are answered with those of `reply` were addressed when they were sent; none where there is no
 /// such connection.
 pub(crate) fn original(netlink: &Netlink, protocol: u8, reply: &Tuple) -> io::Result<Option<Tuple>> {
-    let Some(answer) = netlink.ask(&request(protocol, reply))? else { return Ok(None) };
-    match original_of(&answer) {
+    let Some(answer) = netlink.ask(&request(CTA_TUPLE_REPLY, protocol, reply))? else { return Ok(None) };
+    match tuple_of(&answer, CTA_TUPLE_ORIG) {
         Some(tuple) => Ok(Some(tuple)),
         None => Err(io::Error::other("connection tracking's answer cannot be read")),
     }
 }
 
-fn request(protocol: u8, reply: &Tuple) -> Vec<u8> {
-    let family = if reply.source.is_ipv4() { libc::AF_INET } else { libc::AF_INET6 };
-    let body = [vec![family as u8, 0, 0, 0], tuple(CTA_TUPLE_REPLY, protocol, reply)].concat();
+/// How the packets are addressed that answer those of `original`; none where there is no such connection.
+pub(crate) fn reply(netlink: &Netlink, protocol: u8, original: &Tuple) -> io::Result<Option<Tuple>> {
+    let Some(answer) = netlink.ask(&request(CTA_TUPLE_ORIG, protocol, original))? else { return Ok(None) };
+    match tuple_of(&answer, CTA_TUPLE_REPLY) {
+        Some(tuple) => Ok(Some(tuple)),
+        None => Err(io::Error::other("connection tracking's answer cannot be read")),
+    }
+}
+
+fn request(kind: u16, protocol: u8, known: &Tuple) -> Vec<u8> {
+    let family = if known.source.is_ipv4() { libc::AF_INET } else { libc::AF_INET6 };
+    let body = [vec![family as u8, 0, 0, 0], tuple(kind, protocol, known)].concat();
     netlink::message(NFNL_SUBSYS_CTNETLINK << 8 | IPCTNL_MSG_CT_GET, libc::NLM_F_REQUEST, &body)
 }
 
@@ -62,10 +71,10 @@ fn address(end: usize, address: IpAddr) -> Vec<u8> {
     }
 }
 
-fn original_of(answer: &[u8]) -> Option<Tuple> {
-    let original = attributes(attributes(answer.get(GENERIC..)?).get(&CTA_TUPLE_ORIG)?);
+fn tuple_of(answer: &[u8], kind: u16) -> Option<Tuple> {
+    let tuple = attributes(attributes(answer.get(GENERIC..)?).get(&kind)?);
     let (addresses, ports) =
-        (attributes(original.get(&CTA_TUPLE_IP)?), attributes(original.get(&CTA_TUPLE_PROTO)?));
+        (attributes(tuple.get(&CTA_TUPLE_IP)?), attributes(tuple.get(&CTA_TUPLE_PROTO)?));
     let end = |end: usize, port| {
         let port = ports.get(&port)?.as_slice().try_into().ok()?;
         Some(SocketAddr::new(address_of(&addresses, end)?, u16::from_be_bytes(port)))
@@ -90,7 +99,7 @@ mod tests {
 
     #[test]
     fn a_request_names_the_reply_as_the_kernel_writes_tuples() {
-        let request = request(17, &of("127.0.0.1:15053", "10.77.0.1:43210"));
+        let request = request(CTA_TUPLE_REPLY, 17, &of("127.0.0.1:15053", "10.77.0.1:43210"));
         let message = Messages(&request).next().unwrap();
         assert_eq!((message.kind, message.body[0]), (0x0101, 2));
         let expected = [
@@ -108,15 +117,15 @@ mod tests {
         for original in [of("10.77.0.1:43210", "10.77.0.10:53"), of("[fd77::1]:43210", "[fd77::10]:53")] {
             let reply = tuple(CTA_TUPLE_REPLY, 17, &of("127.0.0.1:15053", "10.77.0.1:43210"));
             let answer = [vec![2, 0, 0, 0], tuple(CTA_TUPLE_ORIG, 17, &original), reply].concat();
-            assert_eq!(original_of(&answer), Some(original));
+            assert_eq!(tuple_of(&answer, CTA_TUPLE_ORIG), Some(original));
             let whole = GENERIC + tuple(CTA_TUPLE_ORIG, 17, &original).len();
             for end in 0..whole {
-                assert_eq!(original_of(&answer[..end]), None, "{end}");
+                assert_eq!(tuple_of(&answer[..end], CTA_TUPLE_ORIG), None, "{end}");
             }
             for at in 0..whole {
                 let mut broken = answer.clone();
                 broken[at] = !broken[at];
-                let _never_panics = original_of(&broken);
+                let _never_panics = tuple_of(&broken, CTA_TUPLE_ORIG);
             }
         }
     }
@@ -130,8 +139,8 @@ mod tests {
             [&v4[..], &v6],
             ["\x08\0\x01\0", "\x14\0\x03\0", "\x06\0\x02\0", "\x05\0"],
             |input: &[u8]| {
-                let Some(found) = original_of(input) else { return };
-                assert_eq!(original_of(&answer(&found)), Some(found));
+                let Some(found) = tuple_of(input, CTA_TUPLE_ORIG) else { return };
+                assert_eq!(tuple_of(&answer(&found), CTA_TUPLE_ORIG), Some(found));
             }
         );
     }

@@ -1,20 +1,23 @@
 //! The daemon's mind: what it is told, what it keeps, what it makes the kernel do. One thread, no sharing.
 
 mod change;
+mod connections;
 mod processes;
 mod reload;
+mod status;
 
 use crate::{
     api,
     config::{self, Config, ConfigError},
+    connections::ResetError,
     decisions::{self, Lines, Watchers},
     lock,
     mode::{self, Mode},
     origins, plan, probe,
-    redirect::{self, Cgroup, MapUsage, Ready, Redirect, ebpf},
+    redirect::{self, Desired, Ready, Redirect, ebpf},
     routable::Routable,
     state::{Entry, State, StateFile},
-    watch,
+    watch::{self, NotReady},
     workload::{Unknown, Workloads},
 };
 use std::{
@@ -37,6 +40,8 @@ pub(crate) enum Request {
     Status(Reply<api::Status>),
     Enable(api::Change, Reply<api::Changed>),
     Disable(api::Change, Reply<api::Changed>),
+    /// Look for open connections, or close them.
+    Connections(api::Connections, Reply<api::Found>),
     /// Read the configuration anew.
     Reload(api::Reload, Reply<api::Reloaded>),
     /// Steer a process as a service, in a cgroup of its own.
@@ -78,6 +83,18 @@ pub(crate) enum Error {
     DropIn { action: &'static str, cause: io::Error },
     #[error("{action} the hook at containers' starts: {cause}")]
     Hook { action: &'static str, cause: io::Error },
+    #[error("look at open connections: {0}")]
+    Connections(io::Error),
+    #[error("{0}; what was enabled or disabled is so all the same")]
+    Reset(#[from] ResetError),
+    #[error(
+        "open connections cannot be drained or reset with `mode: hosts`: names are steered, and no connection tells by which name its address was found; leave out --existing, and restart the service instead"
+    )]
+    NamesOnly,
+    #[error(
+        "{0}: a connection that is closed now would not be steered when it is made anew; start the proxy first, or leave out --existing; nothing was done"
+    )]
+    NotReady(NotReady),
     #[error("service `{0}` is not enabled; `mesh-redirect enable {0}` does it")]
     NotEnabled(String),
     #[error(
@@ -146,6 +163,10 @@ pub(crate) struct Daemon {
     pending: Option<Routable>,
     /// What was last heard of the proxy.
     proxy_ready: Ready,
+    /// Why the host could not be brought in line when that was last tried.
+    failure: Option<String>,
+    /// Whether somebody else has changed what is on disk or in the kernel.
+    has_drifted: bool,
     /// Where it is published what is enabled.
     origins: Sender<origins::Snapshot>,
     /// And which proxy is to be watched, and for what.
@@ -180,6 +201,8 @@ impl Daemon {
             redirect: redirect(mode),
             pending: None,
             proxy_ready: Ready::default(),
+            failure: None,
+            has_drifted: false,
             origins,
             watched,
             watchers,
@@ -204,13 +227,13 @@ impl Daemon {
 
     /// Does as it is told until it is told to stop, and compares the host with what is wanted in between.
     pub(crate) fn run(mut self, requests: &Receiver<Request>) {
-        let mut healthy = true;
         let mut next_look = Instant::now() + TICK;
         loop {
             match requests.recv_timeout(next_look.saturating_duration_since(Instant::now())) {
                 Ok(Request::Status(reply)) => answer(reply, self.status()),
                 Ok(Request::Enable(change, reply)) => answer(reply, self.enable(&change)),
                 Ok(Request::Disable(change, reply)) => answer(reply, self.disable(&change)),
+                Ok(Request::Connections(asked, reply)) => answer(reply, self.connections(&asked)),
                 Ok(Request::Reload(reload, reply)) => answer(reply, self.reload(reload)),
                 Ok(Request::Join(name, pid, reply)) => answer(reply, self.join(&name, pid)),
                 Ok(Request::Adopt(name, pid, reply)) => answer(reply, self.adopt(&name, pid)),
@@ -224,14 +247,14 @@ impl Daemon {
                 Ok(Request::Stop) | Err(RecvTimeoutError::Disconnected) => return,
                 Err(RecvTimeoutError::Timeout) => {}
             }
-            // However many requests come, the host is looked at.
-            if Instant::now() >= next_look {
+            // However many requests come, the host is looked at; and at once where a request has found it changed.
+            if Instant::now() >= next_look || self.has_drifted {
                 next_look = Instant::now() + TICK;
                 let result = self.reconcile();
-                if let (Err(error), true) = (&result, healthy) {
+                if let (Err(error), None) = (&result, &self.failure) {
                     tracing::error!("{error}; tried again every second");
                 }
-                healthy = result.is_ok();
+                self.failure = result.err().map(|error| error.to_string());
             }
         }
     }
@@ -242,7 +265,13 @@ impl Daemon {
             self.hear_of_routable(pending);
         }
         self.forget_ended_commands()?;
-        self.apply(&self.state.clone())
+        self.apply(&self.state.clone())?;
+        if self.has_drifted {
+            self.settle_files(&[])?;
+            self.has_drifted = false;
+            self.ask_proxy();
+        }
+        Ok(())
     }
 
     fn hear_of_proxy(&mut self, ready: Ready) {
@@ -283,35 +312,6 @@ impl Daemon {
         }
     }
 
-    fn status(&mut self) -> Result<api::Status, Error> {
-        let desired = plan::everything(&self.config, &self.state, &mut self.workloads, &mut self.compiled)?;
-        let kernel = self.redirect.status(&desired)?;
-        let proxy = api::Proxy {
-            port: self.config.proxy.port,
-            cgroup: desired.proxy.as_ref().map(|cgroup| self.workloads.path_of(cgroup)),
-            attached: desired.proxy.as_ref().is_some_and(|cgroup| kernel.proxies.contains(&cgroup.id)),
-        };
-        let services = desired.services.iter().zip(self.state.iter()).map(|(service, (name, entry))| {
-            let known = kernel.services.iter().find(|known| known.id == service.id);
-            let scope = |cgroup: &Cgroup| api::Scope {
-                cgroup: self.workloads.path_of(cgroup),
-                attached: known.is_some_and(|known| known.cgroups.contains(&cgroup.id)),
-            };
-            api::Service {
-                name: name.to_owned(),
-                enabled: entry.enabled,
-                observe: entry.observe,
-                since: entry.since,
-                failure: service.failure.to_string(),
-                scopes: service.scopes.iter().map(scope).collect(),
-                counters: known.map(|known| known.counters.into()).unwrap_or_default(),
-            }
-        });
-        let services = services.collect();
-        let maps = self.redirect.usage()?.into_iter().map(api::Map::from).collect();
-        Ok(api::Status { mode: self.mode, proxy, services, retiring: kernel.retiring, maps })
-    }
-
     /// Makes another state the one that holds: on disk first, so that a crash leaves more wanted than done, never
     /// the reverse; back again where the kernel refuses.
     fn commit(&mut self, next: State) -> Result<(), Error> {
@@ -340,17 +340,22 @@ impl Daemon {
     /// to be in: a unit that has just attached itself would else be taken for one that is where it was before, or nowhere.
     /// Whose a connection is shall be known before the first one is steered.
     fn apply(&mut self, state: &State) -> Result<(), Error> {
-        let _held = lock::kernel(&self.config.paths.run)?;
-        let mut desired = plan::everything(&self.config, state, &mut self.workloads, &mut self.compiled)?;
-        if self.redirect.is_attached_elsewhere(&desired)? {
-            self.workloads.forget_units();
-            desired = plan::everything(&self.config, state, &mut self.workloads, &mut self.compiled)?;
-        }
+        let held = lock::kernel(&self.config.paths.run)?;
+        let desired = self.desired(state, &held)?;
         self.publish(origins::Snapshot::from(&desired));
         if self.watchers.are_any() {
             self.watchers.publish(self.explanations(state));
         }
         Ok(self.redirect.apply(&desired)?)
+    }
+
+    fn desired(&mut self, state: &State, _held: &lock::Lock) -> Result<Desired, Error> {
+        let desired = plan::everything(&self.config, state, &mut self.workloads, &mut self.compiled)?;
+        if !self.redirect.is_attached_elsewhere(&desired)? {
+            return Ok(desired);
+        }
+        self.workloads.forget_units();
+        Ok(plan::everything(&self.config, state, &mut self.workloads, &mut self.compiled)?)
     }
 
     fn publish(&self, snapshot: origins::Snapshot) {
@@ -401,25 +406,4 @@ fn answer<T>(reply: Reply<T>, result: Result<T, Error>) {
         tracing::warn!("{error}");
     }
     let _the_caller_may_be_gone = reply.send(result);
-}
-
-impl From<MapUsage> for api::Map {
-    fn from(MapUsage { name, entries, capacity, evicted }: MapUsage) -> Self {
-        Self { name: name.to_owned(), entries, capacity, evicted }
-    }
-}
-
-impl From<agent_ebpf::Counters> for api::Counters {
-    fn from(counters: agent_ebpf::Counters) -> Self {
-        let agent_ebpf::Counters {
-            steered,
-            passed_by_rule,
-            passed_proxy_absent,
-            refused,
-            errors,
-            observed,
-            queries,
-        } = counters;
-        Self { steered, passed_by_rule, passed_proxy_absent, refused, errors, observed, queries }
-    }
 }

@@ -103,6 +103,11 @@ pub(crate) fn attributes(bytes: &[u8]) -> Attributes {
     nlas.map(|nla| (nla.kind() & 0x3fff, nla.value().to_vec())).collect()
 }
 
+/// How many attributes there are, which may be of one kind: those of a list.
+pub(crate) fn count(bytes: &[u8]) -> usize {
+    NlasIterator::new(bytes).map_while(Result::ok).count()
+}
+
 /// The messages of a datagram.
 pub(crate) struct Messages<'a>(pub(crate) &'a [u8]);
 

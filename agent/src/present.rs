@@ -32,19 +32,38 @@ pub(crate) fn status(status: &api::Status) -> String {
             writeln!(text, "ABI version {version} is still there, for connections that it steered");
     }
     if status.services.is_empty() {
-        text.push_str("no service is enabled\n");
-        return text;
+        return text + "no service is enabled\n" + &drift(&status.drift);
     }
     let head = [
-        "SERVICE", "SCOPE", "FAILURE", "STEERED", "QUERIES", "OBSERVED", "BY RULE", "NO PROXY", "REFUSED",
-        "ERRORS", "SINCE",
+        "SERVICE",
+        "SCOPE",
+        "FAILURE",
+        "STEERED",
+        "QUERIES",
+        "OBSERVED",
+        "BY RULE",
+        "NO PROXY",
+        "REFUSED",
+        "ERRORS",
+        "FROM BEFORE",
+        "SINCE",
     ];
     let mut rows = vec![head.map(str::to_owned)];
     rows.extend(status.services.iter().flat_map(service_rows));
-    text + &table(&rows)
+    text + &table(&rows) + &drift(&status.drift)
 }
 
-fn service_rows(service: &api::Service) -> Vec<[String; 11]> {
+/// What is not as it is wanted, and what to do.
+fn drift(drift: &[api::Drift]) -> String {
+    let mut text = String::new();
+    for api::Drift { service, finding, remedy } in drift {
+        let of = service.as_ref().map(|service| format!("{service}: ")).unwrap_or_default();
+        let _infallible = writeln!(text, "{} {of}{finding}; {remedy}", paint(RED, "NOT AS WANTED"));
+    }
+    text
+}
+
+fn service_rows(service: &api::Service) -> Vec<[String; 12]> {
     let scope = |scope: &api::Scope| {
         if scope.attached { scope.cgroup.clone() } else { format!("{} (not attached)", scope.cgroup) }
     };
@@ -60,6 +79,7 @@ fn service_rows(service: &api::Service) -> Vec<[String; 11]> {
         (true, true) => format!("{} (observed)", service.name),
         (false, _) => format!("{} (commands)", service.name),
     };
+    let unsteered = service.unsteered.map_or_else(|| "-".to_owned(), |count| count.to_string());
     let since = utc(service.since);
     let scope = scopes.next().unwrap_or_else(|| "(not running)".to_owned());
     let first = [
@@ -73,10 +93,11 @@ fn service_rows(service: &api::Service) -> Vec<[String; 11]> {
         absent,
         refused,
         errors,
+        unsteered,
         since,
     ];
     let further = scopes.map(|scope| {
-        let mut row: [String; 11] = Default::default();
+        let mut row: [String; 12] = Default::default();
         row[1] = scope;
         row
     });
@@ -122,7 +143,37 @@ pub(crate) fn changed(verb: &str, changed: &api::Changed) -> String {
             _ => writeln!(text, "{service} is {already}{verb}"),
         };
     }
-    text + &notes("", &changed.notes) + changed.difference.as_deref().unwrap_or_default()
+    let existing = changed.existing.iter().flatten().filter_map(existing).collect::<String>();
+    text + &notes("", &changed.notes) + &existing + changed.difference.as_deref().unwrap_or_default()
+}
+
+/// What became of connections that were open.
+fn existing(of: &api::OfService) -> Option<String> {
+    let api::OfService { service, steered, count, reset, open, .. } = of;
+    let how = if *steered { "still steered" } else { "not steered" };
+    match (count, open) {
+        (0, _) => None,
+        (_, 0) => {
+            let ended = count.saturating_sub(*reset);
+            Some(format!(
+                "{service}: connections that were open and {how}: {reset} closed, {ended} ended by themselves\n"
+            ))
+        }
+        _ => Some(format!(
+            "note: connections of {service} that are open from before and {how}: {open}; --existing=drain or --existing=reset ends them\n"
+        )),
+    }
+}
+
+/// What is waited for.
+pub(crate) fn draining(found: &api::Found, patience: Duration) -> String {
+    let waits = found.existing.iter().filter(|of| of.count > 0);
+    let each: Vec<String> = waits.map(|of| format!("{} of {}", of.count, of.service)).collect();
+    format!(
+        "waiting up to {} for open connections to end: {}; interrupt to leave them alone\n",
+        humantime::format_duration(patience),
+        each.join(", ")
+    )
 }
 
 /// The outcome of `reload`.
@@ -348,16 +399,24 @@ mod tests {
             name: name.into(),
             enabled: true,
             observe: false,
+            mode: Mode::Ebpf,
             since: 0,
             failure: "open".into(),
             scopes: scopes
                 .iter()
                 .map(|&(cgroup, attached)| api::Scope { cgroup: cgroup.into(), attached })
                 .collect(),
+            unsteered: Some(3),
             counters: api::Counters { steered: 12, ..api::Counters::default() },
         };
         let shown = status(&api::Status {
             mode: Mode::Ebpf,
+            healthy: false,
+            drift: vec![api::Drift {
+                service: Some("shop".into()),
+                finding: "not attached".into(),
+                remedy: "wait".into(),
+            }],
             proxy: api::Proxy { port: 15001, cgroup: None, attached: false },
             services: vec![service("idle", &[]), service("shop", &[("/a", true), ("/b", false)])],
             maps: vec![],
@@ -371,5 +430,6 @@ mod tests {
         assert!(shown.contains("idle     (not running)"), "{shown}");
         assert!(shown.contains("shop     /a"), "{shown}");
         assert!(shown.contains("         /b (not attached)\n"), "{shown}");
+        assert!(shown.ends_with("NOT AS WANTED shop: not attached; wait\n"), "{shown}");
     }
 }

@@ -108,6 +108,15 @@ impl Redirect {
         }
     }
 
+    /// What of the kernel or of the host is not as it is desired, and not as it was left; `apply` makes it anew afterwards.
+    pub(crate) fn drift(&mut self, desired: &Desired, ready: Ready) -> Result<Vec<Drift>, Error> {
+        match self {
+            Self::Ebpf(ebpf) => Ok(ebpf.drift(desired)?),
+            Self::Nftables(nftables) => Ok(nftables.drift(desired)?),
+            Self::Hosts(hosts) => Ok(hosts.drift(ready.proxy)?),
+        }
+    }
+
     /// Goes on with a proxy that says elsewhere whether it is ready.
     pub(crate) fn set_proxy_admin(&mut self, admin: SocketAddr) {
         match self {
@@ -184,6 +193,11 @@ pub(crate) struct Cgroup {
 }
 
 impl Cgroup {
+    /// Whether it is still there, and no other one in its place.
+    pub(crate) fn exists(&self) -> bool {
+        Self::open(&self.dir).is_ok_and(|now| now.id == self.id)
+    }
+
     /// The cgroup that is at a directory now.
     pub(crate) fn open(dir: &Path) -> io::Result<Self> {
         // The inode number of a cgroup's directory is its id (kernfs, 64-bit hosts).
@@ -210,6 +224,27 @@ impl Cgroup {
 impl fmt::Display for Cgroup {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         self.dir.display().fmt(f)
+    }
+}
+
+/// Something that is not as it is desired.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Drift {
+    /// Whose it is, where it is one service's.
+    pub(crate) service: Option<String>,
+    /// In words.
+    pub(crate) finding: String,
+}
+
+impl Drift {
+    /// Of one service.
+    fn of(service: &str, finding: String) -> Self {
+        Self { service: Some(service.to_owned()), finding }
+    }
+
+    /// Of all of them.
+    fn of_all(finding: String) -> Self {
+        Self { service: None, finding }
     }
 }
 

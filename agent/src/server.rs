@@ -165,6 +165,10 @@ async fn answer(
             Ok(change) => ask(requests, |reply| Request::Disable(change, reply)).await,
             Err(error) => refuse(StatusCode::BAD_REQUEST, &error),
         },
+        (&Method::POST, ["v1", "connections"]) => match read(body).await {
+            Ok(asked) => ask(requests, |reply| Request::Connections(asked, reply)).await,
+            Err(error) => refuse(StatusCode::BAD_REQUEST, &error),
+        },
         (&Method::POST, ["v1", "reload"]) => match read_or_default(body).await {
             Ok(reload) => ask(requests, |reply| Request::Reload(reload, reply)).await,
             Err(error) => refuse(StatusCode::BAD_REQUEST, &error),
@@ -189,7 +193,7 @@ async fn answer(
         },
         (
             _,
-            ["v1", "status" | "enable" | "disable" | "reload" | "watch"]
+            ["v1", "status" | "enable" | "disable" | "connections" | "reload" | "watch"]
             | ["v1", "proxy", "cgroups"]
             | ["v1", "services", _, "commands" | "cgroups" | "processes"],
         ) => refuse(StatusCode::METHOD_NOT_ALLOWED, "this path does not know this method"),
@@ -248,10 +252,11 @@ fn status_of(error: &daemon::Error) -> StatusCode {
         daemon::Error::BadName(_)
         | daemon::Error::Config(_)
         | daemon::Error::Fixed(_)
+        | daemon::Error::NamesOnly
         | daemon::Error::NoMatch { .. }
         | daemon::Error::BadPattern(_)
         | daemon::Error::Plan(PlanError::Policy { .. }) => StatusCode::BAD_REQUEST,
-        daemon::Error::NotWatchable(_) => StatusCode::CONFLICT,
+        daemon::Error::NotReady(_) | daemon::Error::NotWatchable(_) => StatusCode::CONFLICT,
         daemon::Error::TooManyWatchers => StatusCode::SERVICE_UNAVAILABLE,
         _ => StatusCode::INTERNAL_SERVER_ERROR,
     }

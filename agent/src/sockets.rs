@@ -1,6 +1,6 @@
 //! Which sockets are at a port, and whose: asked of the kernel (sock_diag(7)).
 
-use crate::netlink::{Messages, Netlink, attributes};
+use crate::netlink::{self, Messages, Netlink, attributes};
 use netlink_packet_core::{NLM_F_DUMP, NLM_F_REQUEST, NetlinkHeader, NetlinkMessage, NetlinkPayload};
 use netlink_packet_sock_diag::{
     SockDiagMessage,
@@ -29,6 +29,33 @@ pub(crate) struct Owner {
     pub(crate) cgroup: u64,
 }
 
+/// A TCP connection whose end here is open: nobody here has closed it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Connection {
+    /// IPv4-mapped addresses are IPv4 ones here.
+    pub(crate) local: SocketAddr,
+    pub(crate) remote: SocketAddr,
+    pub(crate) uid: u32,
+    /// Id of the cgroup it was made in; zero where the kernel does not tell (before 5.9).
+    pub(crate) cgroup: u64,
+    /// Whether it is bound to a network interface.
+    pub(crate) is_bound: bool,
+    /// The kernel's name for it, which no later socket has.
+    pub(crate) cookie: u64,
+    family: u8,
+    /// `struct inet_diag_sockid`, as the kernel wrote it.
+    id: [u8; SOCKET_ID],
+}
+
+/// `SOCK_DESTROY` (linux/sock_diag.h).
+const SOCK_DESTROY: u16 = 21;
+/// Length of `struct inet_diag_sockid`, where it is in the message, and where its parts are in it.
+const SOCKET_ID: usize = 48;
+const ID: usize = 4;
+const ID_REMOTE_ADDRESS: usize = 20;
+const ID_INTERFACE: usize = 36;
+const ID_COOKIE: usize = 40;
+
 /// `INET_DIAG_CGROUP_ID` (linux/inet_diag.h).
 const CGROUP_ID: u16 = 21;
 /// Length of `struct inet_diag_msg`, and where its parts are.
@@ -53,7 +80,34 @@ pub(crate) fn are_connected(port: u16) -> io::Result<bool> {
     Ok(!on_port(port, &StateFlags::all().difference(over))?.is_empty())
 }
 
+/// All open TCP connections of this network namespace, at both ends where both are here.
+pub(crate) fn connections() -> io::Result<Vec<Connection>> {
+    dump(&(StateFlags::ESTABLISHED | StateFlags::CLOSE_WAIT), connection)
+}
+
+/// Closes a connection with a reset; the process that has it open sees ECONNABORTED. False where it has ended meanwhile: the
+/// cookie is asked for too, so that no later socket of the same ends is hit. Linux 4.9 with CONFIG_INET_DIAG_DESTROY, and
+/// CAP_NET_ADMIN.
+pub(crate) fn destroy(netlink: &Netlink, connection: &Connection) -> io::Result<bool> {
+    let head = [connection.family, libc::IPPROTO_TCP as u8, 0, 0, 0xff, 0xff, 0xff, 0xff];
+    let body = [&head[..], &connection.id].concat();
+    netlink.send(&netlink::message(SOCK_DESTROY, libc::NLM_F_REQUEST | libc::NLM_F_ACK, &body))?;
+    let mut destroyed = Ok(true);
+    while let Some(answer) = netlink.answer()? {
+        for error in Messages(&answer).filter_map(|message| message.error()) {
+            let is_gone = error.raw_os_error() == Some(libc::ENOENT);
+            destroyed = if is_gone { Ok(false) } else { Err(error) };
+        }
+    }
+    destroyed
+}
+
 fn on_port(port: u16, states: &StateFlags) -> io::Result<Vec<Socket>> {
+    dump(states, |body| socket(body).filter(|(on, _)| *on == port).map(|(_, socket)| socket))
+}
+
+/// TCP sockets of both families.
+fn dump<T>(states: &StateFlags, read: impl Fn(&[u8]) -> Option<T>) -> io::Result<Vec<T>> {
     let netlink = Netlink::open(SockProtocol::NetlinkSockDiag)?;
     let mut found = Vec::new();
     for (family, id) in [(libc::AF_INET, SocketId::new_v4()), (libc::AF_INET6, SocketId::new_v6())] {
@@ -63,7 +117,7 @@ fn on_port(port: u16, states: &StateFlags) -> io::Result<Vec<Socket>> {
                 if let Some(error) = message.error() {
                     return Err(error);
                 }
-                found.extend(socket(message.body).filter(|(on, _)| *on == port).map(|(_, socket)| socket));
+                found.extend(read(message.body));
             }
         }
     }
@@ -142,16 +196,41 @@ fn message(family: u8, protocol: u8, socket_id: SocketId, states: &StateFlags, f
 
 /// A socket's port, and the socket.
 fn socket(body: &[u8]) -> Option<(u16, Socket)> {
-    let address = body.get(ADDRESS..ADDRESS + 16)?;
-    let address = match i32::from(*body.get(FAMILY)?) {
-        libc::AF_INET => IpAddr::from(<[u8; 4]>::try_from(&address[..4]).ok()?),
-        libc::AF_INET6 => IpAddr::from(<[u8; 16]>::try_from(address).ok()?),
-        _ => return None,
-    };
+    let address = address_of(*body.get(FAMILY)?, body.get(ADDRESS..ADDRESS + 16)?)?;
     let port = u16::from_be_bytes(body.get(PORT..PORT + 2)?.try_into().ok()?);
     let cgroup = attributes(body.get(MESSAGE..)?).remove(&CGROUP_ID);
     let cgroup = cgroup.and_then(|id| id.try_into().ok()).map_or(0, u64::from_ne_bytes);
     Some((port, Socket { address, cgroup }))
+}
+
+fn address_of(family: u8, bytes: &[u8]) -> Option<IpAddr> {
+    match i32::from(family) {
+        libc::AF_INET => Some(IpAddr::from(<[u8; 4]>::try_from(bytes.get(..4)?).ok()?)),
+        libc::AF_INET6 => Some(IpAddr::from(<[u8; 16]>::try_from(bytes).ok()?)),
+        _ => None,
+    }
+}
+
+fn connection(body: &[u8]) -> Option<Connection> {
+    let family = *body.get(FAMILY)?;
+    let (port, Socket { address, cgroup }) = socket(body)?;
+    let id: [u8; SOCKET_ID] = body.get(ID..ID + SOCKET_ID)?.try_into().ok()?;
+    let remote = address_of(family, id.get(ID_REMOTE_ADDRESS..ID_REMOTE_ADDRESS + 16)?)?;
+    let remote_port = u16::from_be_bytes(body.get(REMOTE_PORT..REMOTE_PORT + 2)?.try_into().ok()?);
+    Some(Connection {
+        local: SocketAddr::new(address.to_canonical(), port),
+        remote: SocketAddr::new(remote.to_canonical(), remote_port),
+        uid: u32::from_ne_bytes(body.get(UID..UID + 4)?.try_into().ok()?),
+        cgroup,
+        is_bound: id[ID_INTERFACE..ID_COOKIE] != [0; 4],
+        // Two numbers of 32 bits, the lower one first.
+        cookie: {
+            let half = |at: usize| Some(u32::from_ne_bytes(id.get(at..at + 4)?.try_into().ok()?));
+            u64::from(half(ID_COOKIE)?) | u64::from(half(ID_COOKIE + 4)?) << 32
+        },
+        family,
+        id,
+    })
 }
 
 #[cfg(test)]
@@ -199,6 +278,32 @@ mod tests {
     }
 
     #[test]
+    fn a_connection_is_closed_alone_and_never_one_that_took_its_place() {
+        for address in ["127.0.0.1:0", "[::1]:0", "[::ffff:127.0.0.1]:0"] {
+            let listener = std::net::TcpListener::bind(address).unwrap();
+            let server = listener.local_addr().unwrap();
+            let (first, other) = (
+                std::net::TcpStream::connect(server).unwrap(),
+                std::net::TcpStream::connect(server).unwrap(),
+            );
+            let local = |stream: &std::net::TcpStream| {
+                let local = stream.local_addr().unwrap();
+                SocketAddr::new(local.ip().to_canonical(), local.port())
+            };
+            let open = || connections().unwrap().into_iter().find(|found| found.local == local(&first));
+            let found = open().unwrap();
+            assert_eq!(found.remote, SocketAddr::new(server.ip().to_canonical(), server.port()));
+            let netlink = Netlink::open(SockProtocol::NetlinkSockDiag).unwrap();
+            let mut replaced = found.clone();
+            replaced.id[ID_COOKIE] ^= 1;
+            assert!(!destroy(&netlink, &replaced).unwrap() && open().is_some());
+            assert!(destroy(&netlink, &found).unwrap() && open().is_none());
+            assert!(!destroy(&netlink, &found).unwrap());
+            assert!(connections().unwrap().iter().any(|found| found.local == local(&other)));
+        }
+    }
+
+    #[test]
     fn a_mapped_socket_is_found_as_one_of_ipv4() {
         let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
         let server = listener.local_addr().unwrap();
@@ -232,7 +337,7 @@ mod tests {
         assert_eq!(owner_of(&good, TCP, local, remote), None);
         good[UID..MESSAGE].copy_from_slice(&[1000_u32.to_ne_bytes(), 7_u32.to_ne_bytes()].concat());
         assert_eq!(owner_of(&good, TCP, local, remote), Some(Owner { uid: Some(1000), cgroup: 0 }));
-        good.extend(crate::netlink::attribute(CGROUP_ID, &9_u64.to_ne_bytes()));
+        good.extend(netlink::attribute(CGROUP_ID, &9_u64.to_ne_bytes()));
         assert_eq!(owner_of(&good, TCP, local, remote), Some(Owner { uid: Some(1000), cgroup: 9 }));
         good[INODE..MESSAGE].fill(0);
         assert_eq!(owner_of(&good, TCP, local, remote), Some(Owner { uid: None, cgroup: 9 }));
@@ -248,7 +353,7 @@ mod tests {
         good[FAMILY] = libc::AF_INET as u8;
         good[PORT..PORT + 4].copy_from_slice(&[0xa8, 0xca, 0, 80]);
         good[UID..MESSAGE].copy_from_slice(&[1000_u32.to_ne_bytes(), 7_u32.to_ne_bytes()].concat());
-        good.extend(crate::netlink::attribute(CGROUP_ID, &9_u64.to_ne_bytes()));
+        good.extend(netlink::attribute(CGROUP_ID, &9_u64.to_ne_bytes()));
         fuzz::damaged!([&good[..]], ["\x0c\0\x15\0", "\n", "\x02"], |input: &[u8]| {
             let Some((port, socket)) = socket(input) else {
                 return assert_eq!(owner_of(input, TCP, local, remote), None);

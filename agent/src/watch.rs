@@ -2,14 +2,20 @@
 //! it can route.
 
 use crate::{
-    config::{Config, Proxy},
+    config::{Config, Proxy, Scope},
     ready::{self, says_ready},
     redirect::Ready,
     routable::Routable,
     sockets,
     workload::Workloads,
 };
-use std::{collections::BTreeSet, io, net::IpAddr, thread, time::Duration};
+use std::{
+    collections::BTreeSet,
+    io,
+    net::{IpAddr, SocketAddr},
+    thread,
+    time::Duration,
+};
 use tokio::{runtime::Handle, sync::watch::Receiver};
 
 /// How often it is asked.
@@ -96,13 +102,32 @@ pub(crate) fn proxy(
 
 /// The proxy is ready when it says so, and the sockets that listen on its ports were made in its cgroup.
 pub(crate) fn is_ready(proxy: &Proxy, workloads: &mut Workloads) -> Ready {
-    let Some(cgroup) = workloads.cgroup(&proxy.scope) else { return Ready::default() };
+    readiness(proxy, workloads).unwrap_or_default()
+}
+
+/// Why a proxy is not ready.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub(crate) enum NotReady {
+    #[error("the proxy does not run ({0})")]
+    Absent(Scope),
+    #[error("no socket of the proxy's alone listens on port {0} of 127.0.0.1 or ::1")]
+    Deaf(u16),
+    #[error("the proxy does not say at {0} that it is ready")]
+    Silent(SocketAddr),
+}
+
+/// As [`is_ready`], or why not.
+pub(crate) fn readiness(proxy: &Proxy, workloads: &mut Workloads) -> Result<Ready, NotReady> {
+    let cgroup = workloads.cgroup(&proxy.scope).ok_or_else(|| NotReady::Absent(proxy.scope.clone()))?;
     let own = cgroup.ids();
     // A kernel that does not tell whose the listeners are leaves it at what the proxy says.
     let listens = |port| listening(port, &own).unwrap_or([true; 2]);
     let ready = Ready { proxy: listens(proxy.port), dns: listens(proxy.dns_port) };
-    let says_so = ready.proxy != [false; 2] && is_proxys(proxy, workloads) && says_ready(proxy.admin);
-    if says_so { ready } else { Ready::default() }
+    if ready.proxy == [false; 2] {
+        return Err(NotReady::Deaf(proxy.port));
+    }
+    let says_so = is_proxys(proxy, workloads) && says_ready(proxy.admin);
+    if says_so { Ok(ready) } else { Err(NotReady::Silent(proxy.admin)) }
 }
 
 fn listening(port: u16, own: &BTreeSet<u64>) -> io::Result<[bool; 2]> {

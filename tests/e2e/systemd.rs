@@ -204,6 +204,17 @@ fn reload_with_another_unit(sandbox: &Sandbox, release: Release) {
     shop.is_steered();
     assert_eq!(shop.run(STEPS), "/etc/systemd/system/shop.service.d/50-mesh-redirect.conf");
 
+    for change in [&format!("rm $({STEPS})"), &format!("echo '# mine' >> $({STEPS})")] {
+        let before = shop.run(&format!("cat $({STEPS})"));
+        shop.run(change);
+        let named = shop.machine.run("mesh-redirect status");
+        named.failed_with(3);
+        let finding = "web: the step before the start of shop.service is missing or was edited";
+        assert!(named.stdout.contains(finding), "{named:?}");
+        eventually("it is healthy again", SOON, || shop.machine.run("mesh-redirect status").succeeded());
+        assert_eq!(shop.run(&format!("cat $({STEPS})")), before);
+    }
+
     configure("other.service");
     shop.run("systemctl reload mesh-redirect");
     assert_eq!(shop.run(STEPS), "/etc/systemd/system/other.service.d/50-mesh-redirect.conf");

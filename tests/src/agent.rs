@@ -155,7 +155,7 @@ services:
     pub fn restart_as(build: Build, sandbox: &'s Sandbox) -> Self {
         let run = Self::program_of(build, sandbox, Place::Outside, &["run"]);
         let mut process = run.serve(sandbox.path("agent.log"));
-        process.wait_until(|_| Self::command(sandbox, &["status"]).succeeded());
+        process.wait_until(|_| Self::command(sandbox, &["status"]).has_status());
         Self { sandbox, process }
     }
 
@@ -224,7 +224,8 @@ services:
     #[track_caller]
     pub fn status(&self) -> Status {
         let finished = Self::command(self.sandbox, &["status", "--json"]);
-        let answer = finished.ok();
+        assert!(finished.has_status(), "{finished:#?}");
+        let answer = &finished.stdout;
         serde_json::from_str(answer).unwrap_or_else(|error| panic!("{error} in {answer}"))
     }
 

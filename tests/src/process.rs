@@ -143,6 +143,11 @@ impl Finished {
         self.status.success()
     }
 
+    /// Whether it is a `status` that the daemon gave: all is well, or something is told not to be.
+    pub fn has_status(&self) -> bool {
+        matches!(self.status.code(), Some(0 | 3))
+    }
+
     /// Its standard output without white space around it.
     ///
     /// # Panics

@@ -2,7 +2,8 @@
 
 use super::{Daemon, Error};
 use crate::{
-    api, beside,
+    api::{self, Existing},
+    beside,
     config::{Failure, Scope, check_name},
     mode::Mode,
     plan, probe,
@@ -42,7 +43,10 @@ impl Daemon {
         if change.dry_run {
             let difference = Some(self.difference(&next)?);
             let beside = self.beside(&names, &scopes);
-            return Ok(api::Changed { services, notes: vec![], difference, beside });
+            return Ok(api::Changed { services, notes: vec![], existing: None, difference, beside });
+        }
+        if change.existing != Existing::Keep {
+            self.require_proxy()?;
         }
         self.commit(next)?;
         let drop_ins: Vec<DropIn> =
@@ -60,7 +64,8 @@ impl Daemon {
         }
         notes.extend(self.beside_notes());
         let beside = self.beside(&names, &scopes);
-        Ok(api::Changed { services, notes, difference: None, beside })
+        let existing = if change.observe { None } else { self.existing(&names, false, change.existing)? };
+        Ok(api::Changed { services, notes, existing, difference: None, beside })
     }
 
     pub(super) fn disable(&mut self, change: &api::Change) -> Result<api::Changed, Error> {
@@ -73,7 +78,10 @@ impl Daemon {
         let services = services.collect();
         if change.dry_run {
             let difference = Some(self.difference(&next)?);
-            return Ok(api::Changed { services, notes: vec![], difference, beside: vec![] });
+            return Ok(api::Changed { services, notes: vec![], existing: None, difference, beside: vec![] });
+        }
+        if change.existing != Existing::Keep {
+            self.require_connections()?;
         }
         self.commit(next)?;
         let scopes: Vec<Scope> = names.iter().map(|name| Workloads::scope(&self.config, name)).collect();
@@ -81,8 +89,8 @@ impl Daemon {
         systemd::remove_drop_ins(units).map_err(drop_in_error("remove"))?;
         self.register_hook().map_err(hook_error("remove"))?;
         names.iter().for_each(|name| started::forget(&self.config.paths.run, name));
-        let notes = self.lost_addresses(&names);
-        Ok(api::Changed { services, notes, difference: None, beside: vec![] })
+        let (existing, notes) = (self.existing(&names, true, change.existing)?, self.lost_addresses(&names));
+        Ok(api::Changed { services, notes, existing, difference: None, beside: vec![] })
     }
 
     /// Programs of others' beside those of services.
@@ -165,7 +173,7 @@ impl Daemon {
         enabled.filter_map(|(name, _)| self.drop_in(name, &Workloads::scope(&self.config, name))).collect()
     }
 
-    fn hook(&self) -> Hook<'_> {
+    pub(super) fn hook(&self) -> Hook<'_> {
         Hook { dir: &self.config.paths.hooks, config: self.config_file.as_deref() }
     }
 
@@ -247,11 +255,11 @@ pub(super) fn difference(before: &str, after: &str) -> String {
     changes.map(|change| format!("{}{}", change.tag(), change.value())).collect()
 }
 
-fn drop_in_error(action: &'static str) -> impl Fn(io::Error) -> Error {
+pub(super) fn drop_in_error(action: &'static str) -> impl Fn(io::Error) -> Error {
     move |cause| Error::DropIn { action, cause }
 }
 
-fn hook_error(action: &'static str) -> impl Fn(io::Error) -> Error {
+pub(super) fn hook_error(action: &'static str) -> impl Fn(io::Error) -> Error {
     move |cause| Error::Hook { action, cause }
 }
 

@@ -4,6 +4,7 @@
 //! there. What is remembered here only spares work.
 
 mod decisions;
+mod drift;
 mod error;
 mod maps;
 mod object;
@@ -19,18 +20,18 @@ pub(crate) use others::{Hooks, Order, Other, names};
 pub(crate) use decisions::{Decisions, monotonic};
 pub(crate) use error::Error;
 use maps::{Maps, Scopes};
-use object::Loader;
+use object::{Loader, Pinned};
 use pins::{Owner, Pins};
 use retire::Retiring;
 use usage::Evicted;
 pub(crate) use usage::MapUsage;
 use written::Written;
 
-use super::{Cgroup, Desired, Service, ServiceStatus, Status};
+use super::{Cgroup, Desired, Drift, Service, ServiceStatus, Status};
 use crate::ready;
 use agent_ebpf::programs::{self, Program};
 use std::{
-    collections::BTreeSet,
+    collections::{BTreeMap, BTreeSet},
     net::SocketAddr,
     os::fd::AsFd as _,
     path::{Path, PathBuf},
@@ -51,6 +52,8 @@ pub(crate) struct Ebpf {
     loader: Option<Box<Loader>>,
     /// Whether the programs that are pinned are those of this binary.
     loaded: bool,
+    /// Those that were pinned then.
+    own: BTreeMap<&'static str, Pinned>,
     /// What this process wrote and attached, so that an `apply` does no more than what changed.
     written: Written,
     attached: BTreeSet<pins::Scope>,
@@ -67,6 +70,7 @@ impl Ebpf {
             proxy_admin,
             loader: None,
             loaded: false,
+            own: BTreeMap::new(),
             written: Written::default(),
             attached: BTreeSet::new(),
             evicted: Evicted::default(),
@@ -93,6 +97,7 @@ impl Ebpf {
             others.iter().try_for_each(Pins::check)?;
             object::load(&self.pins, self.loader.take().map_or_else(object::loader, |loader| *loader))?;
             self.loaded = true;
+            self.own = object::all_pinned(&self.pins);
         }
         let present: BTreeSet<pins::Scope> = self.pins.scopes()?.into_iter().collect();
         self.attached.retain(|scope| present.contains(scope));
@@ -188,10 +193,8 @@ impl Ebpf {
     pub(crate) fn status(&self) -> Result<Status, Error> {
         let retiring = self.pins.others()?.iter().map(Pins::version).collect();
         let mut status = Status { retiring, ..Status::default() };
-        if !self.pins.are_complete() {
-            return Ok(status);
-        }
-        let maps = Maps::open(&self.pins)?;
+        // That they are missing is told as drift.
+        let Ok(maps) = Maps::open(&self.pins) else { return Ok(status) };
         let scopes = self.pins.scopes()?;
         let attached = |owner: Owner, programs: &[Program]| -> Vec<u64> {
             let of_owner = scopes.iter().filter(|scope| scope.owner == owner);

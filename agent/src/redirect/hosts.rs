@@ -6,7 +6,7 @@
 
 mod document;
 
-use super::{Desired, ServiceStatus, Status};
+use super::{Desired, Drift, ServiceStatus, Status};
 use crate::{config::Failure, ready, routable::Name};
 use agent_ebpf::Counters;
 use nix::fcntl::{Flock, FlockArg};
@@ -79,11 +79,14 @@ impl Hosts {
         }
     }
 
-    fn write_names(&mut self) -> Result<(), Error> {
+    fn names(&self) -> Result<Vec<(String, Ipv4Addr)>, Error> {
         let admin = self.proxy_admin;
         let names = ready::names(admin).map_err(|cause| Error::Names { admin, cause })?;
-        let names: Vec<(String, Ipv4Addr)> =
-            names.into_iter().map(|Name { name, address, .. }| (name, address)).collect();
+        Ok(names.into_iter().map(|Name { name, address, .. }| (name, address)).collect())
+    }
+
+    fn write_names(&mut self) -> Result<(), Error> {
+        let names = self.names()?;
         let mut left = Vec::new();
         self.edit(|text| {
             let (text, left_out) = document::with(text, &names);
@@ -96,6 +99,26 @@ impl Hosts {
             }
         }
         Ok(())
+    }
+
+    /// See [`super::Redirect::drift`]; what is not as it shall be is written anew when the proxy was asked again.
+    pub(crate) fn drift(&self, ready: [bool; 2]) -> Result<Vec<Drift>, Error> {
+        let (_, text) = self.open()?;
+        let file = self.file.display();
+        let is_there = document::without(&text) != text;
+        let finding = match (self.wanted, ready.contains(&true)) {
+            (true, true) => {
+                let (wanted, _) = document::with(&text, &self.names()?);
+                let what = if is_there { "are not the proxy's" } else { "are missing" };
+                (wanted != text).then(|| format!("the names in {file} {what}"))
+            }
+            (true, false) if !self.closed => {
+                is_there.then(|| format!("names are in {file}, and the proxy is not ready"))
+            }
+            (true, false) => None,
+            (false, _) => is_there.then(|| format!("names are in {file}, and no service is enabled")),
+        };
+        Ok(finding.map(Drift::of_all).into_iter().collect())
     }
 
     /// What the block says, or would say.

@@ -3,11 +3,12 @@
 //! One table of our own, replaced whole in one transaction. The proxy counts as alive while the daemon says so every
 //! second: without either of them the kernel forgets it after three, and the rules let connections pass or refuse them.
 
+mod drift;
 mod kernel;
 mod message;
 mod ruleset;
 
-use super::{Cgroup, Desired, Ready, Service, ServiceStatus, Status};
+use super::{Cgroup, Desired, Drift, Ready, Service, ServiceStatus, Status};
 use crate::{config::Failure, rules, sockets};
 use agent_ebpf::Counters;
 use kernel::Kernel;
@@ -58,12 +59,20 @@ pub(crate) struct Nftables {
     kernel: Option<Kernel>,
     /// What was committed last.
     committed: Option<Ruleset>,
+    /// Whether somebody else has changed it since.
+    is_changed: bool,
 }
 
 impl Nftables {
     /// For services below a cgroup2 mount, and a proxy that listens on this port.
     pub(crate) fn new(cgroup_root: PathBuf, proxy_port: u16) -> Self {
-        Self { cgroup_root, proxy_ports: BTreeSet::from([proxy_port]), kernel: None, committed: None }
+        Self {
+            cgroup_root,
+            proxy_ports: BTreeSet::from([proxy_port]),
+            kernel: None,
+            committed: None,
+            is_changed: false,
+        }
     }
 
     fn kernel(&mut self) -> Result<&Kernel, Error> {
@@ -86,6 +95,8 @@ impl Nftables {
         if !is_needed {
             return self.remove();
         }
+        // The fingerprint says nothing of what was changed beside it.
+        let found = found.filter(|_| !self.is_changed);
         let kernel = self.kernel()?;
         if found == Some(ruleset.fingerprint()) {
             self.committed = Some(ruleset);
@@ -98,6 +109,7 @@ impl Nftables {
             None => kernel.commit(message::replace(&kernel.present()?, &ruleset))?,
         }
         self.committed = Some(ruleset);
+        self.is_changed = false;
         Ok(())
     }
 

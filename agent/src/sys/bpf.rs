@@ -29,7 +29,8 @@ const BPF_LINK_UPDATE: u32 = 29;
 pub(crate) struct CgroupLinkInfo {
     kind: u32,
     id: u32,
-    prog_id: u32,
+    /// Id of the program that runs there.
+    pub(crate) prog_id: u32,
     padding: u32,
     /// Id of the cgroup; zero once the cgroup is gone.
     pub(crate) cgroup_id: u64,

@@ -32,12 +32,18 @@ impl Hook<'_> {
         self.dir.ancestors().take(3).any(Path::is_dir) || ["podman", "crio"].into_iter().any(is_installed)
     }
 
+    /// Whether it is there as it shall be.
+    pub(crate) fn is_written(self) -> io::Result<bool> {
+        let (path, text) = self.file()?;
+        Ok(fs::read_to_string(path).is_ok_and(|present| present == text))
+    }
+
     /// Writes it, unless it is there.
     pub(crate) fn write(self) -> io::Result<()> {
-        let (path, text) = self.file()?;
-        if fs::read_to_string(&path).is_ok_and(|present| present == text) {
+        if self.is_written()? {
             return Ok(());
         }
+        let (path, text) = self.file()?;
         fs::create_dir_all(self.dir)?;
         // Runtimes read what ends with `.json`.
         let next = path.with_extension("next");

@@ -79,16 +79,22 @@ impl DropIn {
         let text = drop_in(&std::env::current_exe()?, &self.service, config, self.required);
         Ok((drop_in_path(&self.unit), text))
     }
+
+    /// Whether the file is there as it shall be.
+    pub(crate) fn is_written(&self, config: Option<&Path>) -> io::Result<bool> {
+        let (path, text) = self.file(config)?;
+        Ok(fs::read_to_string(path).is_ok_and(|present| present == text))
+    }
 }
 
 /// Writes those that are not there, and tells systemd once.
 pub(crate) fn write_drop_ins(drop_ins: &[DropIn], config: Option<&Path>) -> io::Result<()> {
     let mut written = false;
     for drop_in in drop_ins {
-        let (path, text) = drop_in.file(config)?;
-        if fs::read_to_string(&path).is_ok_and(|present| present == text) {
+        if drop_in.is_written(config)? {
             continue;
         }
+        let (path, text) = drop_in.file(config)?;
         fs::create_dir_all(path.with_file_name(""))?;
         let next = path.with_extension("next");
         fs::write(&next, text)?;

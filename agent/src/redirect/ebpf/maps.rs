@@ -73,6 +73,20 @@ impl Maps {
         }
     }
 
+    /// Whether an entry says of a service what [`Maps::write_service`] writes.
+    pub(super) fn says(&self, service: &Service, policy: u32) -> bool {
+        self.services.get(&service.id, 0).is_ok_and(|written| written == value_of(service, policy))
+    }
+
+    /// Whether a policy is there as [`Maps::write_policy`] writes it.
+    pub(super) fn has_policy(&self, policy: u32, entries: &[Entry]) -> bool {
+        entries.iter().all(|entry| {
+            let (bits, key) = entry.key(policy);
+            // A look-up may find a wider block's entry where this one's is missing, which then differs.
+            self.rules.get(&Key::new(bits, key), 0).is_ok_and(|written| written == entry.rules)
+        })
+    }
+
     /// Writes a policy under a number that no service points at.
     pub(super) fn write_policy(&mut self, policy: u32, entries: &[Entry]) -> Result<(), Error> {
         for entry in entries {
@@ -86,18 +100,7 @@ impl Maps {
     /// Writes a service and, with it in one update, which policy it has.
     pub(super) fn write_service(&mut self, service: &Service, policy: u32) -> Result<(), Error> {
         self.start_counters(service.id)?;
-        let value = agent_ebpf::Service {
-            policy,
-            failure: match service.failure {
-                Failure::Open => FAILURE_OPEN,
-                Failure::Closed => FAILURE_CLOSED,
-            },
-            phase: if service.observe { PHASE_OBSERVE } else { PHASE_ENFORCE },
-            proxy_port: service.proxy_port,
-            dns_port: service.dns_port.unwrap_or_default(),
-            reserved: [0; RESERVED],
-            name: padded(&service.name),
-        };
+        let value = value_of(service, policy);
         self.services.insert(service.id, value, 0).map_err(written(maps::SERVICES, MAX_SERVICES))
     }
 
@@ -182,10 +185,17 @@ impl Scopes {
         open(pins, maps::SCOPES)?.try_into().map(Self).map_err(failed("open", maps::SCOPES))
     }
 
+    /// Whether a cgroup is a service's, to programs that are attached to it.
+    pub(super) fn has(&self, cgroup: &Cgroup, id: u32, programs: &[Program]) -> bool {
+        deciding(programs).all(|attach_type| {
+            let key = CgroupStorageKey::new(cgroup.id, attach_type);
+            self.0.get(key, 0).is_ok_and(|written| written == id)
+        })
+    }
+
     /// Says whose policy holds in a cgroup to which programs are attached.
     pub(super) fn set(&mut self, cgroup: &Cgroup, id: u32, programs: &[Program]) -> Result<(), Error> {
-        let attach_types = programs.iter().map(|program| program.attach_type);
-        for attach_type in attach_types.filter(|attach_type| REWRITING.contains(attach_type)) {
+        for attach_type in deciding(programs) {
             match self.0.insert(CgroupStorageKey::new(cgroup.id, attach_type), id, 0) {
                 Err(error) if errno(&error) == Some(libc::ENOENT) => {
                     return Err(Error::Gone { program: "mr_connect4", cgroup: cgroup.clone() });
@@ -199,6 +209,26 @@ impl Scopes {
 
 fn open(pins: &Pins, name: &'static str) -> Result<Map, Error> {
     MapData::from_pin(pins.map(name)).and_then(Map::from_map_data).map_err(failed("open", name))
+}
+
+fn deciding(programs: &[Program]) -> impl Iterator<Item = u32> {
+    let attach_types = programs.iter().map(|program| program.attach_type);
+    attach_types.filter(|attach_type| REWRITING.contains(attach_type))
+}
+
+fn value_of(service: &Service, policy: u32) -> agent_ebpf::Service {
+    agent_ebpf::Service {
+        policy,
+        failure: match service.failure {
+            Failure::Open => FAILURE_OPEN,
+            Failure::Closed => FAILURE_CLOSED,
+        },
+        phase: if service.observe { PHASE_OBSERVE } else { PHASE_ENFORCE },
+        proxy_port: service.proxy_port,
+        dns_port: service.dns_port.unwrap_or_default(),
+        reserved: [0; RESERVED],
+        name: padded(&service.name),
+    }
 }
 
 fn destination(address: SocketAddr) -> Destination {

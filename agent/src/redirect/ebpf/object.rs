@@ -87,6 +87,23 @@ fn is_pinned(pins: &Pins, program: Program, loaded: &aya::programs::Program) -> 
     matches!((pinned, loaded.info()), (Ok(pinned), Ok(loaded)) if pinned == loaded.tag())
 }
 
+/// A program that is pinned.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Pinned {
+    pub(super) id: u32,
+    /// Two of the same tag have the same instructions.
+    pub(super) tag: u64,
+}
+
+/// Those that are pinned, by their names.
+pub(super) fn all_pinned(pins: &Pins) -> BTreeMap<&'static str, Pinned> {
+    let pinned = |program: Program| {
+        let info = ProgramInfo::from_pin(pins.program(program)).ok()?;
+        Some((program.name, Pinned { id: info.id(), tag: info.tag() }))
+    };
+    programs::all().filter_map(pinned).collect()
+}
+
 /// As [`load`], where no programs are pinned.
 pub(super) fn load_if_absent(pins: &Pins) -> Result<(), Error> {
     if pins.are_complete() { Ok(()) } else { load(pins, loader()) }

@@ -191,6 +191,12 @@ impl Pins {
         })
     }
 
+    /// Whether the kernel says that a program runs at the scope's cgroup: the one of this id.
+    pub(super) fn runs(&self, scope: Scope, program: Program, id: u32) -> bool {
+        let info = self.link(scope, program).and_then(|link| bpf::link_info(link.as_fd()));
+        info.is_ok_and(|info| info.prog_id == id)
+    }
+
     /// Whether any program is attached for a scope; none is any more when its cgroup is gone.
     pub(super) fn is_somewhere(&self, scope: Scope) -> Result<bool, Error> {
         let mut infos = self.link_pins(scope)?.into_iter().filter_map(|path| info(&path));

@@ -46,6 +46,29 @@ impl Written {
         Ok(())
     }
 
+    /// Services of which an entry, or a policy's, is not there as it was written. They are written anew.
+    pub(super) fn forget_what_differs(&mut self, maps: &Maps) -> Vec<String> {
+        let changed: BTreeSet<u32> = self
+            .policies
+            .iter()
+            .filter(|(number, entries)| !maps.has_policy(**number, entries))
+            .map(|(number, _)| *number)
+            .collect();
+        self.policies.retain(|number, _| !changed.contains(number));
+        let differs =
+            |(service, policy): &(Service, u32)| changed.contains(policy) || !maps.says(service, *policy);
+        let differing: Vec<(u32, String)> = self
+            .services
+            .iter()
+            .filter(|(_, written)| differs(written))
+            .map(|(id, (service, _))| (*id, service.name.clone()))
+            .collect();
+        differing.iter().for_each(|(id, _)| _ = self.services.remove(id));
+        // Entries of a policy that was forgotten are found as what no service points at.
+        self.pruned &= differing.is_empty();
+        differing.into_iter().map(|(_, name)| name).collect()
+    }
+
     /// Makes virtual addresses lead where they shall.
     pub(super) fn write_virtual(
         &mut self,

@@ -28,6 +28,7 @@ const NFTA_CHAIN_TYPE: u16 = 7;
 const NFTA_HOOK_HOOKNUM: u16 = 1;
 const NFTA_HOOK_PRIORITY: u16 = 2;
 const NFTA_SET_NAME: u16 = 2;
+const NFTA_SET_ELEM_LIST_ELEMENTS: u16 = 3;
 const NFTA_RULE_CHAIN: u16 = 2;
 const NFTA_RULE_USERDATA: u16 = 7;
 const NFTA_OBJ_NAME: u16 = 2;
@@ -107,6 +108,24 @@ impl Kernel {
             sets: names(&sets, NFTA_SET_NAME),
             counters: self.counters()?.into_keys().collect(),
         })
+    }
+
+    /// How many rules there are in each chain.
+    pub(super) fn rules(&self) -> Result<BTreeMap<String, usize>, Error> {
+        let rules = self.dump(libc::NFT_MSG_GETRULE, NFPROTO_INET, &[(NFTA_TABLE, TABLE)])?;
+        let mut found = BTreeMap::new();
+        for rule in rules.iter().filter(|rule| is_ours(rule)) {
+            *found.entry(name(rule, NFTA_RULE_CHAIN)).or_default() += 1;
+        }
+        Ok(found)
+    }
+
+    /// How many elements there are in a set.
+    pub(super) fn elements(&self, set: &str) -> Result<usize, Error> {
+        let filter = [(NFTA_TABLE, TABLE), (NFTA_SET_NAME, set)];
+        let lists = self.dump(libc::NFT_MSG_GETSETELEM, NFPROTO_INET, &filter)?;
+        let elements = lists.iter().filter_map(|list| list.get(&NFTA_SET_ELEM_LIST_ELEMENTS));
+        Ok(elements.map(|elements| netlink::count(elements)).sum())
     }
 
     /// How many packets each counter has seen.
@@ -206,9 +225,11 @@ fn about(acknowledged: u16) -> &'static str {
         libc::NFT_MSG_NEWSET => "add a set",
         libc::NFT_MSG_NEWSETELEM => "add elements to a set",
         libc::NFT_MSG_NEWOBJ => "add a counter",
-        libc::NFT_MSG_GETRULE | libc::NFT_MSG_GETCHAIN | libc::NFT_MSG_GETSET | libc::NFT_MSG_GETOBJ => {
-            "read the table"
-        }
+        libc::NFT_MSG_GETRULE
+        | libc::NFT_MSG_GETCHAIN
+        | libc::NFT_MSG_GETSET
+        | libc::NFT_MSG_GETSETELEM
+        | libc::NFT_MSG_GETOBJ => "read the table",
         _ => "delete what is replaced",
     }
 }

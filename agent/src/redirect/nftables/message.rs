@@ -9,7 +9,7 @@ use crate::sys::nftables::{self as sys, ELEMENTS_IN_A_MESSAGE, Element, Elements
 use crate::{config::Ports, rules::Range};
 use nftnl::{
     Batch, ChainType, Hook, MsgType, Policy, ProtoFamily, Table,
-    expr::{Cmp, CmpOp, Meta, RejectionType, Socket, SocketKey, Verdict},
+    expr::{Bitwise, Cmp, CmpOp, Meta, RejectionType, Socket, SocketKey, Verdict},
     nftnl_sys::{self as constants, libc},
 };
 use std::{
@@ -269,7 +269,8 @@ fn add_set(batch: &mut Batch, table: &Table, set: &Set, id: u32) {
 /// `NFT_SET_CONCAT`, which Linux 5.6 added.
 const NFT_SET_CONCAT: libc::c_int = 0x80;
 
-fn elements(content: &Content) -> Vec<Element> {
+/// What a set holds.
+pub(super) fn elements(content: &Content) -> Vec<Element> {
     let ranges = match content {
         Content::Destinations(_, ranges) => ranges,
         Content::Virtual(_, addresses) => return addresses.iter().map(translation).collect(),
@@ -309,6 +310,11 @@ fn add(rule: &mut nftnl::Rule<'_>, statement: &Statement) {
         Statement::Of(transport) => {
             rule.add_expr(&Meta::L4Proto);
             rule.add_expr(&Cmp::new(CmpOp::Eq, transport.number()));
+        }
+        Statement::Opening => {
+            rule.add_expr(&payload(libc::NFT_PAYLOAD_TRANSPORT_HEADER, 13, 1, libc::NFT_REG_1 as u32));
+            rule.add_expr(&Bitwise::new(FIN_SYN_RST_ACK, 0_u8));
+            rule.add_expr(&Cmp::new(CmpOp::Eq, SYN));
         }
         Statement::Port(transport, port) => {
             add(rule, &Statement::Of(*transport));
@@ -353,6 +359,10 @@ fn add(rule: &mut nftnl::Rule<'_>, statement: &Statement) {
         Statement::Accept => rule.add_expr(&Verdict::Accept),
     }
 }
+
+/// Flags of a TCP header (RFC 9293 §3.1); others may be set too, such as those of ECN.
+const FIN_SYN_RST_ACK: u8 = 0x17;
+const SYN: u8 = 0x02;
 
 fn of_family(rule: &mut nftnl::Rule<'_>, family: Family) {
     rule.add_expr(&Meta::NfProto);

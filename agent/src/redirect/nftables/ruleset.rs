@@ -96,6 +96,9 @@ pub(super) struct Rule {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) enum Statement {
     Of(Transport),
+    /// It opens a TCP connection. One that was open before connection tracking was, which is so until the first rule needs
+    /// it, is new to it with its next packet, and must not be translated in its midst.
+    Opening,
     /// The destination is in a set.
     To(Transport, Family, String),
     /// The destination is at a port.
@@ -263,7 +266,7 @@ impl Ruleset {
     /// The first rule says whose table it is, and which: by it an `apply` sees that there is nothing to do.
     fn add_output(&mut self, with_dns: bool) {
         let dispatch = Statement::Goto(DISPATCH.to_owned());
-        let streams = vec![TCP, dispatch.clone()];
+        let streams = vec![TCP, Statement::Opening, dispatch.clone()];
         let queries = with_dns.then(|| vec![Statement::Port(Transport::Udp, DNS_PORT), dispatch]);
         let rules = [streams].into_iter().chain(queries).map(Rule::from).collect();
         self.chains.push(Chain { name: OUTPUT.to_owned(), rules });
@@ -440,6 +443,7 @@ impl fmt::Display for Rule {
 impl fmt::Display for Statement {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
+            Self::Opening => f.write_str("tcp flags syn / fin,syn,rst,ack"),
             Self::Of(transport) => write!(f, "meta l4proto {}", transport.name()),
             Self::To(transport, family, set) => {
                 write!(f, "{} . {} dport @{set}", family.daddr(), transport.name())

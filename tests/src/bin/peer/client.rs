@@ -167,6 +167,29 @@ pub(crate) fn hold_connection(address: SocketAddr) -> anyhow::Result<()> {
     Ok(())
 }
 
+/// Stays connected to an echo for as long as it is let.
+pub(crate) fn linger(address: SocketAddr, options: &[&str]) -> anyhow::Result<()> {
+    let address = if options.contains(&"--mapped") { mapped(address) } else { address };
+    let stream = TcpStream::connect(address)?;
+    stream.set_read_timeout(Some(Duration::from_secs(5)))?;
+    for line in io::stdin().lines() {
+        match returns(&stream, &line?) {
+            Ok(()) => println!("open"),
+            Err(error) => println!("{error}"),
+        }
+    }
+    Ok(())
+}
+
+fn returns(mut stream: &TcpStream, line: &str) -> io::Result<()> {
+    writeln!(stream, "{line}")?;
+    let mut returned = String::new();
+    match BufReader::new(stream).read_line(&mut returned)? {
+        0 => Err(io::ErrorKind::UnexpectedEof.into()),
+        _ => Ok(()),
+    }
+}
+
 /// What resolvers do too: a datagram to whom it may concern, over a socket that is not connected.
 pub(crate) fn hold_datagrams(address: SocketAddr) -> anyhow::Result<()> {
     let any = if address.is_ipv4() { "0.0.0.0:0" } else { "[::]:0" };

@@ -22,6 +22,7 @@
 //!     peer half-close ADDRESS BYTES                        what an echo says after the last byte
 //!     peer datagram ADDRESS                                whom a UDP socket is connected to, and what comes back
 //!     peer hold tcp|udp ADDRESS                            for each line that it reads, its own port
+//!     peer linger [--mapped] ADDRESS                       for each line that it reads, whether an echo still returns it
 //!     peer twins ADDRESS ADDRESS                           who answers over two connections from one port
 //!     peer throw ADDRESS                                   nothing: it sends a request and closes at once
 //!     peer hello ADDRESS                                   how a greeter greets and answers
@@ -73,6 +74,7 @@ fn run(args: &[&str]) -> anyhow::Result<()> {
         ["half-close", address, bytes] => client::half_close(address.parse()?, bytes.parse()?),
         ["hold", "tcp", address] => client::hold_connection(address.parse()?),
         ["hold", "udp", address] => client::hold_datagrams(address.parse()?),
+        ["linger", options @ .., address] => client::linger(address.parse()?, options),
         ["twins", first, second] => client::twins([first.parse()?, second.parse()?]),
         ["hello", address] => client::hello(address.parse()?),
         ["throw", address] => client::throw(address.parse()?),
