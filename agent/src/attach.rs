@@ -2,7 +2,8 @@
 
 use crate::{
     api, cli, client,
-    config::{Config, ConfigError, DEFAULT_STATE, check_name},
+    config::{Config, ConfigError, DEFAULT_STATE, Paths, check_name},
+    journal::{Artefact, Journal},
     lock,
     mode::Mode,
     plan, probe,
@@ -45,6 +46,7 @@ pub(crate) fn unit(config: &Config, attach: &cli::Attach) -> anyhow::Result<api:
     }
     let _held = lock::kernel(&config.paths.run)?;
     let Some(name) = service else {
+        note_pins(config);
         ebpf(config).attach_proxy(&cgroup)?;
         return Ok(joined);
     };
@@ -134,7 +136,17 @@ fn without_daemon(config: &Config, name: &str, entry: &Entry, cgroup: Cgroup) ->
     let mut compiled = plan::Compiled::kept(config);
     let mut service = plan::service(config, name, entry, &mut compiled)?;
     service.scopes.push(cgroup);
+    note_pins(config);
     Ok(ebpf(config).attach_service(&service)?)
+}
+
+/// A unit does not stay down for a journal that cannot be written, which the daemon will say too.
+fn note_pins(config: &Config) {
+    let Paths { pins, run, state, .. } = &config.paths;
+    let made = [Artefact::Pins { dir: pins.clone() }, Artefact::Run { dir: run.clone() }];
+    if let Err(error) = Journal::new(state).note(made) {
+        tracing::warn!("{error}");
+    }
 }
 
 /// For a service, or the proxy; the cgroup is that of the process, or of this one.

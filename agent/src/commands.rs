@@ -19,6 +19,7 @@ use std::{
     ffi::OsString,
     ops::ControlFlow,
     os::unix::process::CommandExt as _,
+    path::Path,
     process::ExitCode,
 };
 
@@ -42,7 +43,6 @@ fn execute(cli: Cli, output: Output) -> anyhow::Result<ExitCode> {
     if let Command::Attach(Attach { oci: true, .. }) = cli.command {
         return Ok(attach::container(loaded));
     }
-    let config = loaded?;
     let only_looks = matches!(
         cli.command,
         Command::Check { service: None } | Command::Explain { .. } | Command::Env { .. }
@@ -50,6 +50,11 @@ fn execute(cli: Cli, output: Output) -> anyhow::Result<ExitCode> {
     if geteuid().as_raw() != 0 && !only_looks {
         bail!("only root can do this: it changes where other users' connections go");
     }
+    // It has to do what it can without a configuration too.
+    if let Command::Cleanup = cli.command {
+        return clean_up(loaded, file.as_deref(), output);
+    }
+    let config = loaded?;
     match cli.command {
         Command::Run => run::run(config, file)?,
         Command::Enable { change, observe } => {
@@ -73,11 +78,7 @@ fn execute(cli: Cli, output: Output) -> anyhow::Result<ExitCode> {
             output.result(&explained, present::explained)?;
         }
         Command::Env { service, systemd } => env(&config, &service, systemd, output)?,
-        Command::Cleanup => {
-            output.result(&cleanup::cleanup(&config, file.as_deref())?, |_| {
-                "nothing of mesh-redirect is left in the kernel or in its state\n".to_owned()
-            })?;
-        }
+        Command::Cleanup => return clean_up(Ok(config), file.as_deref(), output),
         Command::Check { service: None } => {
             let findings = check::all(&config);
             output.result(&findings, present::check)?;
@@ -112,6 +113,16 @@ fn change(
         drain::drain(config, existing, drain_timeout, output)?;
     }
     Ok(output.result(&changed, |changed| present::changed(verb, changed))?)
+}
+
+fn clean_up(
+    loaded: Result<Config, ConfigError>,
+    file: Option<&Path>,
+    output: Output,
+) -> anyhow::Result<ExitCode> {
+    let cleaned = cleanup::cleanup(loaded, file)?;
+    output.result(&cleaned, present::cleaned)?;
+    Ok(if cleaned.is_complete() { ExitCode::SUCCESS } else { ExitCode::FAILURE })
 }
 
 fn reload(config: &Config, dry_run: bool, output: Output) -> anyhow::Result<()> {

@@ -11,16 +11,20 @@ use crate::{
     config::{self, Config, ConfigError},
     connections::ResetError,
     decisions::{self, Lines, Watchers},
+    fault,
+    journal::{Artefact, Journal},
     lock,
     mode::{self, Mode},
     origins, plan, probe,
     redirect::{self, Desired, Ready, Redirect, ebpf},
+    removal,
     routable::Routable,
     state::{Entry, State, StateFile},
     watch::{self, NotReady},
     workload::{Unknown, Workloads},
 };
 use std::{
+    collections::BTreeSet,
     io,
     path::PathBuf,
     sync::{
@@ -125,6 +129,10 @@ pub(crate) enum Error {
     #[error(transparent)]
     State(#[from] crate::state::StateError),
     #[error(transparent)]
+    Journal(#[from] crate::journal::JournalError),
+    #[error("remove {artefact}, which steered before: {cause}")]
+    Former { artefact: Artefact, cause: Box<removal::Error> },
+    #[error(transparent)]
     Lock(#[from] lock::LockError),
     #[error("{action} {path}: {cause}", path = .path.display())]
     Io { action: &'static str, path: PathBuf, cause: io::Error },
@@ -155,6 +163,9 @@ pub(crate) struct Daemon {
     config_file: Option<PathBuf>,
     state: State,
     file: StateFile,
+    journal: Journal,
+    /// What the mode makes.
+    steering: Artefact,
     workloads: Workloads,
     compiled: plan::Compiled,
     mode: Mode,
@@ -181,6 +192,7 @@ impl Daemon {
     pub(crate) fn start(
         config: Config,
         config_file: Option<PathBuf>,
+        mut journal: Journal,
         workloads: Workloads,
         origins: Sender<origins::Snapshot>,
         watched: Sender<watch::Target>,
@@ -190,15 +202,20 @@ impl Daemon {
         let mut state = file.load()?;
         let mode::Choice { mode, reason } = mode::choose(config.mode, &probe::facts(&config))?;
         tracing::info!(%mode, "{reason}");
-        let redirect = |mode| Redirect::new(mode, &config, workloads.cgroup_root());
-        let former = state.mode().filter(|former| *former != mode).map(redirect);
+        let artefact = |mode| {
+            let named = Artefact::of(mode, &config.paths);
+            named.map_err(|cause| Error::Io { action: "read", path: "/proc/self/ns/net".into(), cause })
+        };
+        // A daemon that was killed at this may have left both; and one of a version without a journal its own.
+        journal.note(state.mode().map(artefact).transpose()?)?;
+        let steering = artefact(mode)?;
         let compiled = plan::Compiled::kept(&config);
         state.set_mode(mode);
         file.save(&state)?;
         let mut daemon = Self {
             state,
             mode,
-            redirect: redirect(mode),
+            redirect: Redirect::new(mode, &config, workloads.cgroup_root()),
             pending: None,
             proxy_ready: Ready::default(),
             failure: None,
@@ -209,15 +226,36 @@ impl Daemon {
             config,
             config_file,
             file,
+            journal,
+            steering,
             workloads,
             compiled,
             commands: 0,
         };
         daemon.find_containers()?;
         daemon.reconcile()?;
-        // What steered before goes when its successor is in place; both at once only steer what is steered already.
-        former.map_or(Ok(()), |mut former| former.remove())?;
+        fault::point("daemon", "in step, but for what another mode left");
+        daemon.remove_former()?;
+        daemon.align_steps();
         Ok(daemon)
+    }
+
+    /// What steered before, in another mode or at other paths, goes when its successor is in place; both at once only steer
+    /// what is steered already.
+    fn remove_former(&mut self) -> Result<(), Error> {
+        let is_former = |artefact: &&Artefact| artefact.mode().is_some() && **artefact != self.steering;
+        let former: BTreeSet<Artefact> = self.journal.noted().iter().filter(is_former).cloned().collect();
+        for artefact in &former {
+            match removal::remove(artefact, &self.config) {
+                // It steers nobody here.
+                Err(cause @ removal::Error::Elsewhere { .. }) => tracing::warn!("{artefact} stays: {cause}"),
+                Err(cause) => {
+                    return Err(Error::Former { artefact: artefact.clone(), cause: Box::new(cause) });
+                }
+                Ok(_) => self.journal.forget(&BTreeSet::from([artefact.clone()]))?,
+            }
+        }
+        Ok(())
     }
 
     /// How it steers.
@@ -267,7 +305,7 @@ impl Daemon {
         self.forget_ended_commands()?;
         self.apply(&self.state.clone())?;
         if self.has_drifted {
-            self.settle_files(&[])?;
+            self.align_files()?;
             self.has_drifted = false;
             self.ask_proxy();
         }
@@ -316,6 +354,7 @@ impl Daemon {
     /// the reverse; back again where the kernel refuses.
     fn commit(&mut self, next: State) -> Result<(), Error> {
         self.file.save(&next)?;
+        fault::point("daemon", "more is wanted than done");
         if let Err(error) = self.apply(&next) {
             self.file.save(&self.state)?;
             if let Err(second) = self.apply(&self.state.clone()) {
@@ -346,7 +385,22 @@ impl Daemon {
         if self.watchers.are_any() {
             self.watchers.publish(self.explanations(state));
         }
-        Ok(self.redirect.apply(&desired)?)
+        if !desired.services.is_empty() {
+            self.journal.note([self.steering.clone()])?;
+        }
+        self.redirect.apply(&desired)?;
+        if desired.services.is_empty() && self.journal.noted().contains(&self.steering) {
+            self.forget_steering()?;
+        }
+        Ok(())
+    }
+
+    /// What has to stay for connections that live on is forgotten when they have ended.
+    fn forget_steering(&mut self) -> Result<(), Error> {
+        if !self.redirect.is_there()? {
+            self.journal.forget(&BTreeSet::from([self.steering.clone()]))?;
+        }
+        Ok(())
     }
 
     fn desired(&mut self, state: &State, _held: &lock::Lock) -> Result<Desired, Error> {

@@ -1,6 +1,6 @@
 //! What the daemon's sockets have in common: HTTP/1.1 over a Unix socket, and answers in JSON.
 
-use crate::api;
+use crate::{api, fault};
 use bytes::Bytes;
 use http_body_util::Full;
 use hyper::{Response, StatusCode, header};
@@ -15,9 +15,11 @@ const PAUSE: Duration = Duration::from_millis(100);
 /// Binds a socket in the place of one that a dead daemon left. Only root can open it, from the first moment.
 pub(crate) fn bind(path: &Path) -> io::Result<UnixListener> {
     remove(path)?;
+    fault::point("socket", "about to be bound");
     let before = stat::umask(stat::Mode::from_bits_truncate(0o177));
     let listener = UnixListener::bind(path);
     stat::umask(before);
+    fault::point("socket", "bound");
     listener
 }
 

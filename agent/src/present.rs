@@ -3,6 +3,7 @@
 use crate::{
     api::{self, Outcome, Transport},
     check::{Findings, Line},
+    cleanup::{Cleaned, Left, Thing},
     explain::{Explained, Explanations, Now},
     mode::{self, Mode},
     paths::{Family, Happened, Report, Tried},
@@ -61,6 +62,20 @@ fn drift(drift: &[api::Drift]) -> String {
         let _infallible = writeln!(text, "{} {of}{finding}; {remedy}", paint(RED, "NOT AS WANTED"));
     }
     text
+}
+
+/// What `cleanup` removed, and what it could not.
+pub(crate) fn cleaned(cleaned: &Cleaned) -> String {
+    let removed = cleaned.removed.iter().map(|Thing { kind, name }| format!("removed {kind} {name}\n"));
+    let left = cleaned
+        .left
+        .iter()
+        .map(|Left { thing: Thing { kind, name }, error }| format!("left    {kind} {name}: {error}\n"));
+    let end = match cleaned.left.len() {
+        0 => "nothing of mesh-redirect is left on this host\n".to_owned(),
+        count => format!("{count} of mesh-redirect's things are left; the journal names them\n"),
+    };
+    removed.chain(left).chain([notes("", &cleaned.notes), end]).collect()
 }
 
 fn service_rows(service: &api::Service) -> Vec<[String; 12]> {

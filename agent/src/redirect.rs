@@ -73,6 +73,15 @@ impl Redirect {
         }
     }
 
+    /// Whether anything of this mode's is there, also where nothing is steered by it.
+    pub(crate) fn is_there(&mut self) -> Result<bool, Error> {
+        match self {
+            Self::Ebpf(ebpf) => Ok(ebpf.is_there()),
+            Self::Nftables(nftables) => Ok(nftables.is_there()?),
+            Self::Hosts(hosts) => Ok(hosts.is_there()?),
+        }
+    }
+
     /// Removes everything of this mode's, at once.
     pub(crate) fn remove(&mut self) -> Result<(), Error> {
         match self {

@@ -1,7 +1,7 @@
 //! What the proxy can route, as it says itself (`GET /routable`): where its services are, and the virtual addresses that
 //! it gives to their names. Kept on disk for whoever has to know it while the proxy is away.
 
-use crate::config::Ports;
+use crate::{config::Ports, durable};
 use agent_ebpf::decide::Destination;
 use ipnet::IpNet;
 use serde::{Deserialize, Serialize};
@@ -176,23 +176,18 @@ impl Routable {
 
     /// What was kept last; nothing where nothing was.
     pub(crate) fn load(state: &Path) -> Self {
-        fs::read(state.join(FILE)).and_then(|json| Self::parse(&json)).unwrap_or_default()
+        durable::read(&state.join(FILE)).and_then(|json| Self::parse(&json)).unwrap_or_default()
     }
 
     /// Keeps it.
     pub(crate) fn save(&self, state: &Path) -> io::Result<()> {
         fs::create_dir_all(state)?;
-        let path = state.join(FILE);
-        let next = path.with_extension("json.next");
-        fs::write(&next, serde_json::to_vec(self)?)?;
-        fs::rename(&next, &path)
+        durable::replace(&state.join(FILE), &serde_json::to_vec(self)?, "routable")
     }
 
     /// Removes what was kept.
-    pub(crate) fn remove(state: &Path) {
-        for name in [FILE, "routable.json.next"] {
-            let _absent_is_fine = fs::remove_file(state.join(name));
-        }
+    pub(crate) fn remove(state: &Path) -> io::Result<bool> {
+        durable::remove(&state.join(FILE), "routable")
     }
 }
 
@@ -297,7 +292,7 @@ mod tests {
         assert_eq!(Routable::load(dir.path()), routable);
         fs::write(dir.path().join(FILE), "{").unwrap();
         assert_eq!(Routable::load(dir.path()), Routable::default());
-        Routable::remove(dir.path());
+        Routable::remove(dir.path()).unwrap();
         assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 0);
         Routable::parse(br#"{"version": 2, "services": []}"#).unwrap_err();
     }

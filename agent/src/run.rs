@@ -6,7 +6,9 @@ use crate::{
     confine,
     daemon::{Daemon, Request},
     decisions::{self, Watchers},
-    http, lock,
+    http,
+    journal::{Artefact, Journal},
+    lock,
     mode::Mode,
     origins::{self, Snapshot, server::OriginsServer},
     probe, server,
@@ -28,13 +30,15 @@ use tokio::{
 /// Runs it until it is told to stop.
 pub(crate) fn run(config: Config, file: Option<PathBuf>) -> anyhow::Result<()> {
     let paths = config.paths.clone();
+    let mut journal = Journal::new(&paths.state);
+    journal.note([Artefact::Run { dir: paths.run.clone() }])?;
     let _only_one = lock::daemon(&paths.run)?;
     let cgroup_root = probe::cgroup2_mount()?;
     let (published, snapshots) = tokio::sync::watch::channel(Snapshot::default());
     let (watched, targets) = tokio::sync::watch::channel(Target::from(&config));
     let watchers = Arc::new(Watchers::default());
     let workloads = Workloads::new(cgroup_root.clone());
-    let daemon = Daemon::start(config, file, workloads, published, watched, Arc::clone(&watchers))?;
+    let daemon = Daemon::start(config, file, journal, workloads, published, watched, Arc::clone(&watchers))?;
     let mode = daemon.mode();
     // Before there is a second thread, which would not be confined by it.
     confine::daemon(&paths, mode, &cgroup_root)?;

@@ -2,13 +2,13 @@
 
 use crate::{
     config::{check_cgroup, check_name},
+    durable, fault,
     mode::Mode,
 };
 use serde::{Deserialize, Serialize};
 use std::{
     collections::{BTreeMap, BTreeSet},
     fs, io,
-    io::Write as _,
     path::{Path, PathBuf},
     time::{SystemTime, UNIX_EPOCH},
 };
@@ -205,7 +205,7 @@ impl StateFile {
 
     /// Reads it; a file that is absent is an empty state.
     pub(crate) fn load(&self) -> Result<State, StateError> {
-        let text = match fs::read(&self.path) {
+        let text = match durable::read(&self.path) {
             Err(error) if error.kind() == io::ErrorKind::NotFound => {
                 return Ok(State { version: VERSION, ..State::default() });
             }
@@ -219,31 +219,20 @@ impl StateFile {
         let write = || {
             let dir = self.path.parent().unwrap_or(Path::new("/"));
             fs::create_dir_all(dir)?;
-            let next = self.path.with_extension("json.next");
-            let mut file = fs::File::create(&next)?;
-            file.write_all(&serde_json::to_vec_pretty(state)?)?;
-            file.sync_all()?;
-            fs::rename(&next, &self.path)?;
-            fs::File::open(dir)?.sync_all()
+            fault::point("state", "directory made");
+            durable::write(&self.path, &serde_json::to_vec_pretty(state)?, "state")
         };
         write().map_err(self.failed("write"))
     }
 
-    /// Removes it, and its directory where nothing else is in it.
-    pub(crate) fn remove(&self) -> Result<(), StateError> {
-        for path in [self.path.with_extension("json.next"), self.path.clone()] {
-            match fs::remove_file(path) {
-                Err(error) if error.kind() != io::ErrorKind::NotFound => {
-                    return Err(self.failed("remove")(error));
-                }
-                _ => {}
-            }
-        }
+    /// Removes it, and its directory where nothing else is in it. False where it was not there.
+    pub(crate) fn remove(&self) -> Result<bool, StateError> {
+        let removed = durable::remove(&self.path, "state").map_err(self.failed("remove"))?;
         if let Some(dir) = self.path.parent() {
             // A directory that holds something else stays, and so does a unit's StateDirectory that is in use.
             let _not_ours_alone = fs::remove_dir(dir);
         }
-        Ok(())
+        Ok(removed)
     }
 
     fn failed(&self, action: &'static str) -> impl Fn(io::Error) -> StateError {

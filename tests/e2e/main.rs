@@ -55,6 +55,7 @@ macro_rules! scenarios {
 }
 
 mod capture;
+mod cleanup;
 mod clients;
 mod configuration;
 mod confined;
@@ -68,6 +69,7 @@ mod exec;
 mod existing;
 mod explain;
 mod families;
+mod faults;
 mod foreign;
 mod harness;
 mod hosts;

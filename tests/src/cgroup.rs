@@ -23,6 +23,11 @@ impl Cgroup {
         Self { path }
     }
 
+    /// Its folder.
+    pub(crate) fn path(&self) -> &Path {
+        &self.path
+    }
+
     /// The folder of a cgroup below this one, made if need be.
     pub(crate) fn below(&self, name: &str) -> PathBuf {
         let path = self.path.join(name);

@@ -132,7 +132,7 @@ fn ids(objects: &[Value]) -> Ids {
 
 /// Also while others come and go, of whom bpftool says that it cannot have them.
 #[track_caller]
-fn list(args: &[&str]) -> Vec<Value> {
+pub(crate) fn list(args: &[&str]) -> Vec<Value> {
     let mut said = String::new();
     let listed = wait_for(Duration::from_secs(5), || {
         let output = bpftool(args);

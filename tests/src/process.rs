@@ -54,6 +54,13 @@ impl<'s> Program<'s> {
         self
     }
 
+    /// Sets a variable of its environment.
+    #[must_use]
+    pub fn env(mut self, name: &str, value: impl AsRef<std::ffi::OsStr>) -> Self {
+        self.command.env(name, value);
+        self
+    }
+
     /// Runs it to its end.
     ///
     /// # Panics
@@ -228,6 +235,11 @@ impl Process {
     /// Sends it a signal.
     pub fn signal(&self, signal: Signal) {
         kill(pid(&self.child), signal).unwrap_or_else(|error| panic!("{signal} to {}: {error}", self.shown));
+    }
+
+    /// Whether it still runs.
+    pub fn is_running(&mut self) -> bool {
+        matches!(self.child.try_wait(), Ok(None))
     }
 
     /// Waits until it has ended by itself, and says how.

@@ -147,6 +147,24 @@ impl Sandbox {
         self.program(place, "unshare").args(["--mount", "sh", "-c", shell]).args(files).arg(program)
     }
 
+    /// A program that finds itself on a host with systemd: one whose units are all loaded, and run in cgroups of their names
+    /// in this sandbox. What is written for them goes to a folder of the sandbox's, `units`, and what is below /var/lib to
+    /// `var`.
+    pub fn with_systemd(&self, place: Place, program: impl AsRef<Path>) -> Program<'_> {
+        let folders = ["bin", "units", "var"].map(|name| self.path(name));
+        let [bin, ..] = &folders;
+        if !bin.exists() {
+            folders.iter().for_each(|folder| fs::create_dir(folder).expect("make a folder"));
+            let systemctl = bin.join("systemctl");
+            fs::write(&systemctl, SYSTEMCTL.replace("CGROUP", &cgroup::name(self.cgroup.path())))
+                .expect("write a systemctl");
+            fs::set_permissions(&systemctl, Permissions::from_mode(0o755)).expect("make it a program");
+        }
+        let folders = folders.map(|folder| folder.display().to_string());
+        let shell = self.program(place, "unshare").args(["--mount", "sh", "-ec", WITH_SYSTEMD]).args(folders);
+        shell.arg(&program.as_ref().display().to_string())
+    }
+
     /// Connects, or does whatever else, where the service and the proxy are.
     pub fn enter<T: Send>(&self, inside: impl FnOnce() -> T + Send) -> T {
         self.here.enter(inside)
@@ -180,6 +198,11 @@ impl Sandbox {
         self.path("hosts")
     }
 
+    /// What no other sandbox has in the names of its services.
+    pub fn mark(&self) -> String {
+        format!("{}-{}", self.mode.name(), std::process::id())
+    }
+
     /// The name of a place's cgroup, as agent.yaml writes it.
     pub fn cgroup(&self, place: Place) -> String {
         cgroup::name(&self.cgroup.below(place.cgroup()))
@@ -195,6 +218,24 @@ impl Sandbox {
         self.cgroup.subtree()
     }
 }
+
+/// What it is asked here.
+const SYSTEMCTL: &str = r#"#!/bin/sh
+[ "$1" = show ] || exit 0
+while [ "$1" != -- ]; do shift; done
+shift
+for unit; do printf 'LoadState=loaded\nControlGroup=CGROUP/%s\n\n' "${unit%.service}"; done
+"#;
+
+const WITH_SYSTEMD: &str = r#"
+mount -t tmpfs tmpfs /run
+mkdir -p /run/systemd/system
+mount --bind "$1" /etc/systemd/system
+mount --bind "$2" /var/lib
+PATH="$0:$PATH"
+shift 2
+exec "$@"
+"#;
 
 /// The unprivileged proxy reads its configuration and its own program from here.
 fn folder() -> TempDir {

@@ -41,7 +41,7 @@ pub(crate) fn run(bench: &Bench) -> anyhow::Result<()> {
         Bench::Watch(watch) => watch.output.create()?,
     };
     step("set-up", || setup::ensure(setup::For::Demo))?;
-    tests::use_binaries(step("build", build::everything)?);
+    tests::use_binaries(step("build", || build::everything(&[]))?);
     let report = match bench {
         Bench::Connect(connect) => connect.measure(),
         Bench::Enable(enable) => enable.measure(),

@@ -31,16 +31,16 @@ pub(crate) fn cargo(args: &[&str]) -> Command {
     command
 }
 
-/// Builds every binary in the profile that tests, demo and benches run.
-pub(crate) fn everything() -> anyhow::Result<PathBuf> {
-    run(cargo(&["build", "--workspace", "--locked", "--profile", PROFILE]))?;
+/// Builds every binary in the profile that tests, demo and benches run; `features` are what tests need besides.
+pub(crate) fn everything(features: &[&str]) -> anyhow::Result<PathBuf> {
+    run(cargo(&[&["build", "--workspace", "--locked", "--profile", PROFILE], features].concat()))?;
     Ok(binaries(PROFILE))
 }
 
 /// Builds the agent with another version of its ABI too, for the tests that go from one to the other: cargo keeps what it
 /// compiled of both, and puts the one that is built last where binaries are found.
 pub(crate) fn changed_abi() -> anyhow::Result<()> {
-    let features = ["--features", "agent/changed-abi"];
+    let features = ["--features", "agent/changed-abi,agent/fault-points"];
     run(cargo(&[&["build", "--workspace", "--locked", "--profile", PROFILE], &features[..]].concat()))?;
     let (from, to) = (binaries(PROFILE), binaries(PROFILE).join("changed-abi"));
     fs::create_dir_all(&to).with_context(|| format!("make {}", to.display()))?;

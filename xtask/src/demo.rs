@@ -27,7 +27,7 @@ const SHOWN: [&str; 4] = [
 pub(crate) fn run() -> anyhow::Result<()> {
     build::require_root("`cargo xtask demo`")?;
     step("set-up", || setup::ensure(setup::For::Demo))?;
-    tests::use_binaries(step("build", build::everything)?);
+    tests::use_binaries(step("build", || build::everything(&[]))?);
     show(&Sandbox::new("demo", Mode::Ebpf));
     Ok(())
 }

@@ -5,12 +5,14 @@ use crate::{
     api::{self, Existing},
     beside,
     config::{Failure, Scope, check_name},
+    journal::Artefact,
     mode::Mode,
     plan, probe,
     redirect::{
         ebpf::Other,
         nftables::{self, NatChain},
     },
+    removal,
     state::{Container, State},
     workload::{
         self, Workloads,
@@ -48,14 +50,19 @@ impl Daemon {
         if change.existing != Existing::Keep {
             self.require_proxy()?;
         }
+        let before = self.state.clone();
         self.commit(next)?;
-        let drop_ins: Vec<DropIn> =
-            names.iter().zip(&scopes).filter_map(|(name, scope)| self.drop_in(name, scope)).collect();
-        systemd::write_drop_ins(&drop_ins, self.config_file.as_deref()).map_err(drop_in_error("write"))?;
+        if let Err(error) = self.align_drop_ins() {
+            self.commit(before)?;
+            if let Err(second) = self.align_drop_ins() {
+                tracing::error!("going back after a failure failed too: {second}");
+            }
+            return Err(error);
+        }
         let mut notes = self.proxy_notes();
         notes.extend(self.mode_notes());
         notes.extend(self.dns_notes(&names));
-        let registered = self.register_hook();
+        let registered = self.align_hook();
         notes.extend(self.hook_notes(&scopes, registered.err()));
         let cgroups = scopes.iter().map(|scope| self.workloads.cgroup(scope));
         let absent: Vec<bool> = cgroups.map(|cgroup| cgroup.is_none()).collect();
@@ -84,10 +91,7 @@ impl Daemon {
             self.require_connections()?;
         }
         self.commit(next)?;
-        let scopes: Vec<Scope> = names.iter().map(|name| Workloads::scope(&self.config, name)).collect();
-        let units = scopes.iter().filter_map(Scope::unit);
-        systemd::remove_drop_ins(units).map_err(drop_in_error("remove"))?;
-        self.register_hook().map_err(hook_error("remove"))?;
+        self.align_files()?;
         names.iter().for_each(|name| started::forget(&self.config.paths.run, name));
         let (existing, notes) = (self.existing(&names, true, change.existing)?, self.lost_addresses(&names));
         Ok(api::Changed { services, notes, existing, difference: None, beside: vec![] })
@@ -149,22 +153,12 @@ impl Daemon {
             text.extend(file.1.lines().map(|line| format!("\t{line}\n")));
         }
         if state.containers().next().is_some() && self.hook().is_of_use() {
-            let (path, content) = self.hook().file().map_err(hook_error("describe"))?;
+            let (path, content) =
+                self.hook().file().map_err(|cause| Error::Hook { action: "describe", cause })?;
             text += &format!("file {}\n", path.display());
             text.extend(content.lines().map(|line| format!("\t{line}\n")));
         }
         Ok(text)
-    }
-
-    /// Makes the files that run us before units' and containers' starts as they shall be; those of `former` steps go that
-    /// are no longer wanted.
-    pub(super) fn settle_files(&self, former: &[DropIn]) -> Result<(), Error> {
-        let wanted = self.drop_ins();
-        let is_wanted = |unit: &str| wanted.iter().any(|drop_in| drop_in.unit == unit);
-        let units = former.iter().map(|drop_in| drop_in.unit.as_str());
-        systemd::remove_drop_ins(units.filter(|unit| !is_wanted(unit))).map_err(drop_in_error("remove"))?;
-        systemd::write_drop_ins(&wanted, self.config_file.as_deref()).map_err(drop_in_error("write"))?;
-        self.register_hook().map_err(hook_error("write"))
     }
 
     /// The steps before the starts of enabled services' units.
@@ -177,14 +171,58 @@ impl Daemon {
         Hook { dir: &self.config.paths.hooks, config: self.config_file.as_deref() }
     }
 
-    /// The hook is there while a container is enabled.
-    pub(super) fn register_hook(&self) -> io::Result<()> {
-        let hook = self.hook();
-        match self.state.containers().next() {
-            None => hook.remove(),
-            Some(_) if hook.is_of_use() => hook.write(),
-            Some(_) => Ok(()),
+    /// Brings the steps before starts in line with what is enabled, wherever an earlier daemon, or another configuration, left
+    /// them. What fails is said: services are steered all the same.
+    pub(super) fn align_steps(&mut self) {
+        for aligned in [self.align_drop_ins(), self.align_hook()] {
+            if let Err(error) = aligned {
+                tracing::error!("{error}; units and containers that start are found within a second");
+            }
         }
+    }
+
+    /// The same, where it has to be so.
+    pub(super) fn align_files(&mut self) -> Result<(), Error> {
+        self.align_drop_ins()?;
+        self.align_hook()
+    }
+
+    /// Every enabled unit has its drop-in, and no other unit one that the journal knows.
+    fn align_drop_ins(&mut self) -> Result<(), Error> {
+        let wanted = self.drop_ins();
+        let noted: BTreeSet<Artefact> = wanted.iter().map(Artefact::drop_in).collect();
+        self.journal.note(noted.iter().cloned())?;
+        systemd::write_drop_ins(&wanted, self.config_file.as_deref()).map_err(drop_in_error("write"))?;
+        let is_drop_in = |artefact: &&Artefact| matches!(artefact, Artefact::DropIn { .. });
+        let unwanted =
+            self.journal.noted().iter().filter(is_drop_in).filter(|noted_one| !noted.contains(noted_one));
+        let unwanted: BTreeSet<Artefact> = unwanted.cloned().collect();
+        let files = unwanted.iter().filter_map(|artefact| match artefact {
+            Artefact::DropIn { file } => Some(file.as_path()),
+            _ => None,
+        });
+        systemd::remove_drop_ins(files).map_err(drop_in_error("remove"))?;
+        Ok(self.journal.forget(&unwanted)?)
+    }
+
+    /// The hook is there while a container is enabled, and no other one that the journal knows.
+    fn align_hook(&mut self) -> Result<(), Error> {
+        let wanted = self.hook();
+        let wanted =
+            (self.state.containers().next().is_some() && wanted.is_of_use()).then(|| Artefact::hook(wanted));
+        if let Some(hook) = &wanted {
+            self.journal.note([hook.clone()])?;
+            self.hook().write().map_err(|cause| Error::Hook { action: "write", cause })?;
+        }
+        let is_hook = |artefact: &&Artefact| matches!(artefact, Artefact::Hook { .. });
+        let unwanted =
+            self.journal.noted().iter().filter(is_hook).filter(|hook| Some(*hook) != wanted.as_ref());
+        for artefact in unwanted.cloned().collect::<Vec<_>>() {
+            let removed = removal::remove(&artefact, &self.config);
+            removed.map_err(|cause| Error::Former { artefact: artefact.clone(), cause: Box::new(cause) })?;
+            self.journal.forget(&BTreeSet::from([artefact]))?;
+        }
+        Ok(())
     }
 
     /// What the hook has to know of a service.
@@ -226,9 +264,12 @@ impl Daemon {
     }
 
     /// What has to be said of containers whose start is not waited for. They are steered all the same, if later.
-    fn hook_notes(&self, scopes: &[Scope], refused: Option<io::Error>) -> Option<String> {
+    fn hook_notes(&self, scopes: &[Scope], refused: Option<Error>) -> Option<String> {
         let reason = match refused {
-            Some(error) => format!("write to {}: {error}", self.config.paths.hooks.display()),
+            Some(Error::Hook { cause, .. }) => {
+                format!("write to {}: {cause}", self.config.paths.hooks.display())
+            }
+            Some(error) => error.to_string(),
             None if self.hook().is_of_use() => return None,
             None => "no podman or CRI-O is here to run it".to_owned(),
         };
@@ -257,10 +298,6 @@ pub(super) fn difference(before: &str, after: &str) -> String {
 
 pub(super) fn drop_in_error(action: &'static str) -> impl Fn(io::Error) -> Error {
     move |cause| Error::DropIn { action, cause }
-}
-
-pub(super) fn hook_error(action: &'static str) -> impl Fn(io::Error) -> Error {
-    move |cause| Error::Hook { action, cause }
 }
 
 /// Names as they are, and patterns as the known names that they match.

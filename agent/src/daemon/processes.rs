@@ -4,13 +4,13 @@ use super::{Daemon, Error};
 use crate::{
     api,
     config::{Scope, check_name},
+    fault,
+    journal::Artefact,
     redirect::Cgroup,
+    removal::{self, COMMANDS},
     workload::{self, Workloads},
 };
 use std::{collections::BTreeSet, fs, io, path::Path};
-
-/// Cgroups of commands are made below this one.
-const COMMANDS: &str = "/mesh-redirect";
 
 impl Daemon {
     /// One process, which is about to become the command.
@@ -43,10 +43,13 @@ impl Daemon {
             let path = dir.clone();
             move |cause| Error::Io { action, path, cause }
         };
+        self.journal.note([Artefact::Cgroup { path: cgroup.clone() }])?;
         fs::create_dir_all(&dir).map_err(io("create cgroup"))?;
+        fault::point("command", "cgroup made");
         let mut next = self.state.clone();
         next.add_command(name, cgroup.clone());
         let joined = self.commit(next).and_then(|()| move_to(&dir).map_err(io("move processes into cgroup")));
+        fault::point("command", "moved");
         if let Err(error) = joined {
             self.reconcile()?;
             return Err(error);
@@ -83,19 +86,31 @@ impl Daemon {
         Ok(path)
     }
 
-    /// Removes the cgroups of commands that have ended.
+    /// Removes the cgroups of commands that have ended, or that a daemon was killed before it knew.
     pub(super) fn forget_ended_commands(&mut self) -> Result<(), Error> {
         let ended = self.ended_commands();
-        if ended.is_empty() {
-            return Ok(());
+        if !ended.is_empty() {
+            let mut next = self.state.clone();
+            next.remove_commands(&ended);
+            self.commit(next)?;
         }
-        let mut next = self.state.clone();
-        next.remove_commands(&ended);
-        self.commit(next)?;
-        for path in ended {
-            let _already_gone = fs::remove_dir(self.workloads.dir(&path));
+        self.remove_command_cgroups()
+    }
+
+    /// Those in which nobody is.
+    fn remove_command_cgroups(&mut self) -> Result<(), Error> {
+        let running: BTreeSet<&String> = self.state.iter().flat_map(|(_, entry)| &entry.commands).collect();
+        let ended = |artefact: &&Artefact| match artefact {
+            Artefact::Cgroup { path } => !running.contains(path),
+            _ => false,
+        };
+        let ended: Vec<Artefact> = self.journal.noted().iter().filter(ended).cloned().collect();
+        let remove = |artefact: &Artefact| removal::remove(artefact, &self.config).is_ok();
+        let removed: BTreeSet<Artefact> = ended.into_iter().filter(remove).collect();
+        if !removed.is_empty() {
+            fault::point("command", "cgroups removed");
+            self.journal.forget(&removed)?;
         }
-        let _still_used = fs::remove_dir(self.workloads.dir(COMMANDS));
         Ok(())
     }
 

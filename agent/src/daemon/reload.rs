@@ -7,7 +7,7 @@ use crate::{
     plan::Compiled,
     state::State,
     watch,
-    workload::{Workloads, started, systemd::DropIn},
+    workload::{Workloads, started},
 };
 use sd_notify::NotifyState;
 use std::{io, mem, sync::Arc};
@@ -42,7 +42,6 @@ impl Daemon {
         let config = Config::load(self.config_file.as_deref())?;
         refuse_what_is_fixed(&self.config, &config)?;
         let before = self.described_whole()?;
-        let drop_ins = self.drop_ins();
         let compiled = self.compiled_for(&config);
         let former = self.put(Setup { config, compiled, state: self.state.clone() });
         self.state = self.with_containers();
@@ -50,7 +49,7 @@ impl Daemon {
         let notes = self.proxy_notes();
         if dry_run || after.is_err() {
             self.put(former);
-        } else if let Err(cause) = self.take_effect(&former, &drop_ins) {
+        } else if let Err(cause) = self.take_effect(&former) {
             return Err(self.go_back(former, cause));
         }
         let after = after.map_err(|cause| Error::NotReloaded { cause: Box::new(cause), back: None })?;
@@ -80,10 +79,10 @@ impl Daemon {
     }
 
     /// On disk first, as with every change.
-    fn take_effect(&mut self, former: &Setup, drop_ins: &[DropIn]) -> Result<(), Error> {
+    fn take_effect(&mut self, former: &Setup) -> Result<(), Error> {
         self.file.save(&self.state)?;
         self.apply(&self.state.clone())?;
-        self.settle_files(drop_ins)?;
+        self.align_files()?;
         if self.forget_replaced_containers(&former.state) {
             self.apply(&self.state.clone())?;
         }
@@ -98,11 +97,10 @@ impl Daemon {
 
     /// Has what held before take effect again.
     fn go_back(&mut self, former: Setup, cause: Error) -> Error {
-        let drop_ins = self.drop_ins();
         self.put(former);
         let saved = self.file.save(&self.state).map_err(Error::from);
         let applied = saved.and_then(|()| self.apply(&self.state.clone()));
-        let back = applied.and_then(|()| self.settle_files(&drop_ins)).err();
+        let back = applied.and_then(|()| self.align_files()).err();
         Error::NotReloaded { cause: Box::new(cause), back: back.map(Box::new) }
     }
 

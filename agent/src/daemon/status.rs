@@ -148,7 +148,7 @@ impl Daemon {
         }
         let hook = self.hook();
         let is_wanted = self.state.containers().next().is_some() && hook.is_of_use();
-        if is_wanted && !hook.is_written().map_err(super::change::hook_error("read"))? {
+        if is_wanted && !hook.is_written().map_err(|cause| Error::Hook { action: "read", cause })? {
             let dir = self.config.paths.hooks.display();
             let finding = format!("the hook at containers' starts in {dir} is missing or was edited");
             found.push(redirect::Drift { service: None, finding });

@@ -105,7 +105,10 @@ impl Ebpf {
         let mut scopes = Scopes::open(&self.pins)?;
         let mut hooks = Hooks::default();
         if let Some(cgroup) = &desired.proxy {
-            let anew = attach(&self.pins, &mut hooks, Owner::Proxy, cgroup, &programs::PROXY)?;
+            let anew = match attach(&self.pins, &mut hooks, Owner::Proxy, cgroup, &programs::PROXY) {
+                Err(Error::Gone { .. }) => false,
+                attached => attached?,
+            };
             let takes_over = others.iter().any(Pins::are_complete);
             // One that is asked whether it is ready sends its heartbeats before it says so.
             if (anew || takes_over) && cgroup.is_populated() && !ready::says_ready(self.proxy_admin) {
@@ -177,6 +180,11 @@ impl Ebpf {
         }
         complete.sort_by_key(|pins| !pins.are_ours());
         Ok(complete)
+    }
+
+    /// Whether anything is pinned, or only its directory is there.
+    pub(crate) fn is_there(&self) -> bool {
+        self.pins.root().exists()
     }
 
     /// Removes everything of ours, of every version. Connections that were steered live on.

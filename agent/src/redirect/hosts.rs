@@ -7,7 +7,7 @@
 mod document;
 
 use super::{Desired, Drift, ServiceStatus, Status};
-use crate::{config::Failure, ready, routable::Name};
+use crate::{config::Failure, fault, ready, routable::Name};
 use agent_ebpf::Counters;
 use nix::fcntl::{Flock, FlockArg};
 use std::{
@@ -64,9 +64,21 @@ impl Hosts {
         if self.wanted { Ok(()) } else { self.remove() }
     }
 
-    /// Removes the names.
+    /// Removes the names, and what a killed process left beside the file.
     pub(crate) fn remove(&mut self) -> Result<(), Error> {
-        self.edit(document::without)
+        remove_if_there(&next(&self.file)).map_err(self.failed("clean up beside"))?;
+        match self.edit(document::without) {
+            Err(Error::File { cause, .. }) if cause.kind() == io::ErrorKind::NotFound => Ok(()),
+            edited => edited,
+        }
+    }
+
+    /// Whether names are there, or what a killed process left.
+    pub(crate) fn is_there(&self) -> Result<bool, Error> {
+        match self.open() {
+            Err(Error::File { cause, .. }) if cause.kind() == io::ErrorKind::NotFound => Ok(false),
+            opened => opened.map(|(_, text)| document::without(&text) != text || next(&self.file).exists()),
+        }
     }
 
     /// Writes the names of a proxy that is ready, and removes them of one that is not.
@@ -181,20 +193,39 @@ impl Hosts {
 
 /// By a file beside it that takes its place, with owner, mode and label of the one that was there.
 fn replace(path: &Path, text: &[u8]) -> io::Result<()> {
-    let next = path.with_extension("mesh-redirect");
+    let next = next(path);
     let write = || {
         let before = fs::metadata(path)?;
-        let mut file = fs::File::create(&next)?;
+        remove_if_there(&next)?;
+        fault::point("hosts", "about to be replaced");
+        let mut file = fs::File::create_new(&next)?;
+        fault::point("hosts", "temporary file made");
         fchown(&file, Some(before.uid()), Some(before.gid()))?;
         file.set_permissions(fs::Permissions::from_mode(before.mode()))?;
         if let Some(label) = xattr::get(path, SELINUX).ok().flatten() {
             xattr::set(&next, SELINUX, &label)?;
         }
+        fault::point("hosts", "temporary file owned");
         file.write_all(text)?;
         file.sync_all()?;
-        fs::rename(&next, path)
+        fault::point("hosts", "temporary file written");
+        fs::rename(&next, path)?;
+        fault::point("hosts", "replaced");
+        Ok(())
     };
     write().inspect_err(|_| _ = fs::remove_file(&next))
+}
+
+/// Where a file is made before it takes the place of the one that is there.
+fn next(path: &Path) -> PathBuf {
+    path.with_extension("mesh-redirect")
+}
+
+fn remove_if_there(path: &Path) -> io::Result<()> {
+    match fs::remove_file(path) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
+        _ => Ok(()),
+    }
 }
 
 const SELINUX: &str = "security.selinux";
@@ -203,8 +234,11 @@ const SELINUX: &str = "security.selinux";
 fn overwrite(path: &Path, text: &[u8]) -> io::Result<()> {
     let mut file = fs::OpenOptions::new().write(true).open(path)?;
     file.rewind()?;
+    fault::point("hosts", "about to be overwritten");
     file.write_all(text)?;
+    fault::point("hosts", "overwritten");
     file.set_len(text.len() as u64)?;
+    fault::point("hosts", "cut");
     file.sync_all()
 }
 

@@ -9,7 +9,7 @@ mod message;
 mod ruleset;
 
 use super::{Cgroup, Desired, Drift, Ready, Service, ServiceStatus, Status};
-use crate::{config::Failure, rules, sockets};
+use crate::{config::Failure, fault, rules, sockets};
 use agent_ebpf::Counters;
 use kernel::Kernel;
 pub(crate) use kernel::NatChain;
@@ -104,10 +104,12 @@ impl Nftables {
         }
         let known = committed.filter(|known| found == Some(known.fingerprint()));
         let change = known.and_then(|known| message::change(&known, &ruleset));
+        fault::point("table", "about to be changed");
         match change {
             Some(batch) => kernel.commit(batch)?,
             None => kernel.commit(message::replace(&kernel.present()?, &ruleset))?,
         }
+        fault::point("table", "changed");
         self.committed = Some(ruleset);
         self.is_changed = false;
         Ok(())
@@ -122,6 +124,11 @@ impl Nftables {
             .map_err(Error::Socket)
     }
 
+    /// Whether the table is there, and anything in it.
+    pub(crate) fn is_there(&mut self) -> Result<bool, Error> {
+        Ok(self.kernel()?.present()? != message::Present::default())
+    }
+
     /// Removes the table. Connections that were steered end, unless something else translates addresses here.
     pub(crate) fn remove(&mut self) -> Result<(), Error> {
         let kernel = self.kernel()?;
@@ -129,7 +136,10 @@ impl Nftables {
         if present == message::Present::default() {
             return Ok(());
         }
-        kernel.commit(message::remove())
+        fault::point("table", "about to be removed");
+        kernel.commit(message::remove())?;
+        fault::point("table", "removed");
+        Ok(())
     }
 
     /// Says for what the proxy is there and well; has to be repeated within three seconds.
@@ -138,7 +148,9 @@ impl Nftables {
         if kernel.fingerprint()?.is_none() {
             return Ok(());
         }
-        kernel.commit(message::keep_alive(ready, ALIVE))
+        kernel.commit(message::keep_alive(ready, ALIVE))?;
+        fault::point("table", "proxy said to be alive");
+        Ok(())
     }
 
     /// The table, in nft's words.

@@ -1,5 +1,6 @@
 //! The directory in which podman and CRI-O look for hooks (oci-hooks(5)), and our hook in it.
 
+use crate::{durable, fault};
 use serde_json::{Value, json};
 use std::{
     env, fs, io,
@@ -19,10 +20,21 @@ pub(crate) struct Hook<'c> {
     pub(crate) config: Option<&'c Path>,
 }
 
-impl Hook<'_> {
+impl<'c> Hook<'c> {
+    /// The one at a path; none where no hook of ours can be.
+    pub(crate) fn at(file: &'c Path, config: Option<&'c Path>) -> Option<Self> {
+        let dir = file.parent().filter(|_| file.file_name().is_some_and(|name| name == FILE))?;
+        Some(Self { dir, config })
+    }
+
+    /// Where it is.
+    pub(crate) fn path(self) -> PathBuf {
+        self.dir.join(FILE)
+    }
+
     /// The file's path and content.
     pub(crate) fn file(self) -> io::Result<(PathBuf, String)> {
-        Ok((self.dir.join(FILE), content(&env::current_exe()?, self.config)))
+        Ok((self.path(), content(&env::current_exe()?, self.config)))
     }
 
     /// Whether anybody looks there: the directory is podman's and CRI-O's, and below theirs.
@@ -35,7 +47,12 @@ impl Hook<'_> {
     /// Whether it is there as it shall be.
     pub(crate) fn is_written(self) -> io::Result<bool> {
         let (path, text) = self.file()?;
-        Ok(fs::read_to_string(path).is_ok_and(|present| present == text))
+        Ok(durable::read(&path).is_ok_and(|present| present == text.as_bytes()))
+    }
+
+    /// Whether it is there. Another configuration's is not ours to remove.
+    pub(crate) fn is_there(self) -> bool {
+        durable::read(&self.path()).is_ok_and(|text| is_of(&text, self.config))
     }
 
     /// Writes it, unless it is there.
@@ -45,23 +62,21 @@ impl Hook<'_> {
         }
         let (path, text) = self.file()?;
         fs::create_dir_all(self.dir)?;
-        // Runtimes read what ends with `.json`.
-        let next = path.with_extension("next");
-        fs::write(&next, text)?;
-        fs::rename(&next, &path)
+        fault::point("hook", "directory made");
+        // Runtimes read what ends with `.json`, which what is written beside it does not.
+        durable::replace(&path, text.as_bytes(), "hook")
     }
 
-    /// Removes it, and its directories where nothing else is in them. Another configuration's is not ours to remove.
-    pub(crate) fn remove(self) -> io::Result<()> {
-        let path = self.dir.join(FILE);
-        if !fs::read_to_string(&path).is_ok_and(|text| is_of(&text, self.config)) {
-            return Ok(());
-        }
-        fs::remove_file(path)?;
+    /// Removes it, and its directories where nothing else is in them. False where it was not there.
+    pub(crate) fn remove(self) -> io::Result<bool> {
+        let path = self.path();
+        let removed =
+            if self.is_there() { durable::remove(&path, "hook") } else { durable::remove_beside(&path) };
+        let removed = removed?;
         for dir in self.dir.ancestors().take(2) {
             let _others_are_in_it = fs::remove_dir(dir);
         }
-        Ok(())
+        Ok(removed)
     }
 }
 
@@ -82,8 +97,8 @@ fn arguments(config: Option<&Path>) -> Vec<String> {
 }
 
 /// Whether a file is our hook for a configuration, wherever the program was when it was written.
-fn is_of(text: &str, config: Option<&Path>) -> bool {
-    let hook: Value = serde_json::from_str(text).unwrap_or_default();
+fn is_of(text: &[u8], config: Option<&Path>) -> bool {
+    let hook: Value = serde_json::from_slice(text).unwrap_or_default();
     hook["hook"]["args"] == json!(arguments(config))
 }
 

@@ -2,6 +2,7 @@
 //! the container's cgroup. The hook writes them, with or without a daemon; the daemon reads where else it would have to
 //! ask a runtime.
 
+use crate::fault;
 use std::{
     fs, io,
     os::unix::fs::symlink,
@@ -12,6 +13,7 @@ use std::{
 pub(crate) fn note(run: &Path, service: &str, id: &str, cgroup: &Path, root: &Path) -> io::Result<()> {
     let dir = of_service(run, service);
     fs::create_dir_all(&dir)?;
+    fault::point("container", "directory made");
     for (link, cgroup) in links(run, service) {
         if !below(root, &cgroup).is_dir() {
             let _another_hook_was_faster = fs::remove_file(link);
@@ -23,7 +25,10 @@ pub(crate) fn note(run: &Path, service: &str, id: &str, cgroup: &Path, root: &Pa
         _ => {}
     }
     symlink(cgroup, &next)?;
-    fs::rename(next, link)
+    fault::point("container", "temporary link made");
+    fs::rename(next, link)?;
+    fault::point("container", "noted");
+    Ok(())
 }
 
 /// The cgroups of a service's containers, whether they are still there or not.
@@ -33,17 +38,34 @@ pub(crate) fn cgroups(run: &Path, service: &str) -> Vec<PathBuf> {
 
 /// Forgets the containers of a service.
 pub(crate) fn forget(run: &Path, service: &str) {
-    let _there_may_be_none = fs::remove_dir_all(of_service(run, service));
-    let _others_are_in_it = fs::remove_dir(run.join("containers"));
+    forget_all_in(&of_service(run, service));
+    let _others_are_in_it = fs::remove_dir(all(run));
 }
 
 /// Forgets all containers.
 pub(crate) fn forget_all(run: &Path) {
-    let _there_may_be_none = fs::remove_dir_all(run.join("containers"));
+    let services = fs::read_dir(all(run)).into_iter().flatten().flatten();
+    services.for_each(|service| forget_all_in(&service.path()));
+    let _there_may_be_none = fs::remove_dir(all(run));
+}
+
+/// Only links are ours.
+fn forget_all_in(dir: &Path) {
+    for entry in fs::read_dir(dir).into_iter().flatten().flatten() {
+        if entry.file_type().is_ok_and(|kind| kind.is_symlink()) {
+            let _already_gone = fs::remove_file(entry.path());
+            fault::point("container", "forgotten");
+        }
+    }
+    let _others_are_in_it = fs::remove_dir(dir);
+}
+
+fn all(run: &Path) -> PathBuf {
+    run.join("containers")
 }
 
 fn of_service(run: &Path, service: &str) -> PathBuf {
-    run.join("containers").join(service)
+    all(run).join(service)
 }
 
 fn links(run: &Path, service: &str) -> Vec<(PathBuf, PathBuf)> {

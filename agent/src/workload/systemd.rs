@@ -1,5 +1,6 @@
 //! systemd, by its own command: what units there are, where they run, and a step of ours before they start.
 
+use crate::{durable, fault};
 use std::{
     fs, io,
     path::{Path, PathBuf},
@@ -74,16 +75,21 @@ pub(crate) struct DropIn {
 }
 
 impl DropIn {
+    /// Where it is.
+    pub(crate) fn path(&self) -> PathBuf {
+        drop_in_path(&self.unit)
+    }
+
     /// The file's path and content, for a configuration that is not the default one.
     pub(crate) fn file(&self, config: Option<&Path>) -> io::Result<(PathBuf, String)> {
         let text = drop_in(&std::env::current_exe()?, &self.service, config, self.required);
-        Ok((drop_in_path(&self.unit), text))
+        Ok((self.path(), text))
     }
 
     /// Whether the file is there as it shall be.
     pub(crate) fn is_written(&self, config: Option<&Path>) -> io::Result<bool> {
         let (path, text) = self.file(config)?;
-        Ok(fs::read_to_string(path).is_ok_and(|present| present == text))
+        Ok(durable::read(&path).is_ok_and(|present| present == text.as_bytes()))
     }
 }
 
@@ -96,9 +102,8 @@ pub(crate) fn write_drop_ins(drop_ins: &[DropIn], config: Option<&Path>) -> io::
         }
         let (path, text) = drop_in.file(config)?;
         fs::create_dir_all(path.with_file_name(""))?;
-        let next = path.with_extension("next");
-        fs::write(&next, text)?;
-        fs::rename(&next, &path)?;
+        fault::point("drop-in", "directory made");
+        durable::replace(&path, text.as_bytes(), "drop-in")?;
         written = true;
     }
     if written { reload() } else { Ok(()) }
@@ -122,41 +127,47 @@ fn quoted(path: &Path) -> String {
 }
 
 /// Removes the step from units, and tells systemd once.
-pub(crate) fn remove_drop_ins<'u>(units: impl IntoIterator<Item = &'u str>) -> io::Result<()> {
+pub(crate) fn remove_drop_ins<'f>(files: impl IntoIterator<Item = &'f Path>) -> io::Result<()> {
     let mut removed = false;
-    for unit in units {
-        removed |= remove(&drop_in_path(unit))?;
+    for file in files {
+        removed |= remove_drop_in(file)?;
     }
     if removed { reload() } else { Ok(()) }
 }
 
-/// Removes the step from every unit, whatever wrote it.
-pub(crate) fn remove_all_drop_ins() -> io::Result<()> {
-    let Ok(dirs) = fs::read_dir(UNITS) else { return Ok(()) };
-    let mut removed = false;
-    for dir in dirs.flatten() {
-        removed |= remove(&dir.path().join(DROP_IN))?;
-    }
-    if removed { reload() } else { Ok(()) }
+/// Removes one that is ours, and its directory where nothing else is in it. False where none was there. systemd is to be told.
+pub(crate) fn remove_drop_in(file: &Path) -> io::Result<bool> {
+    let Some(dir) = file.parent().filter(|_| file.file_name().is_some_and(|name| name == DROP_IN)) else {
+        return Ok(false);
+    };
+    let removed =
+        if is_drop_in(file) { durable::remove(file, "drop-in") } else { durable::remove_beside(file) };
+    let removed = removed?;
+    let _others_are_in_it = fs::remove_dir(dir);
+    fault::point("drop-in", "directory removed");
+    Ok(removed)
 }
 
-fn drop_in_path(unit: &str) -> PathBuf {
+/// Every one that is on this host, whatever wrote it.
+pub(crate) fn drop_ins() -> Vec<PathBuf> {
+    let dirs = fs::read_dir(UNITS).into_iter().flatten().flatten();
+    dirs.map(|dir| dir.path().join(DROP_IN)).filter(|file| is_drop_in(file)).collect()
+}
+
+/// Whether a file bears our mark, or the beginning of it: a host may have died before the rest reached its disk.
+pub(crate) fn is_drop_in(file: &Path) -> bool {
+    let ours = |text: Vec<u8>| text.starts_with(MARK.as_bytes()) || MARK.as_bytes().starts_with(&text);
+    durable::read(file).is_ok_and(ours)
+}
+
+/// Where a unit's is.
+pub(crate) fn drop_in_path(unit: &str) -> PathBuf {
     Path::new(UNITS).join(format!("{unit}.d")).join(DROP_IN)
 }
 
-/// Removes a file that bears our mark, and its directory where nothing else is in it.
-fn remove(path: &Path) -> io::Result<bool> {
-    if !fs::read_to_string(path).is_ok_and(|text| text.starts_with(MARK)) {
-        return Ok(false);
-    }
-    fs::remove_file(path)?;
-    if let Some(dir) = path.parent() {
-        let _others_are_in_it = fs::remove_dir(dir);
-    }
-    Ok(true)
-}
-
-fn reload() -> io::Result<()> {
+/// Tells systemd of what was written and removed.
+pub(crate) fn reload() -> io::Result<()> {
+    fault::point("systemd", "about to be told");
     if is_running() { systemctl(&["daemon-reload"]).map(drop) } else { Ok(()) }
 }
 

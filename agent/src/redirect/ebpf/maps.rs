@@ -6,7 +6,7 @@
 )]
 
 use super::{Cgroup, Error, Program, Service, pins::Pins};
-use crate::{config::Failure, rules::Entry};
+use crate::{config::Failure, fault, rules::Entry};
 use agent_ebpf::{
     Counters, Endpoint, FAILURE_CLOSED, FAILURE_OPEN, MAX_RULES, MAX_SERVICES, MAX_VIRTUAL, NAME_LEN,
     PHASE_ENFORCE, PHASE_OBSERVE, RESERVED, RuleKey, Rules, VirtualKey, decide::Destination, maps,
@@ -93,6 +93,7 @@ impl Maps {
             let (bits, key) = entry.key(policy);
             let written = self.rules.insert(&Key::new(bits, key), entry.rules, 0);
             written.map_err(self::written(maps::RULES, MAX_RULES))?;
+            fault::point("rules", "one written");
         }
         Ok(())
     }
@@ -100,8 +101,11 @@ impl Maps {
     /// Writes a service and, with it in one update, which policy it has.
     pub(super) fn write_service(&mut self, service: &Service, policy: u32) -> Result<(), Error> {
         self.start_counters(service.id)?;
+        fault::point("counters", "begun");
         let value = value_of(service, policy);
-        self.services.insert(service.id, value, 0).map_err(written(maps::SERVICES, MAX_SERVICES))
+        self.services.insert(service.id, value, 0).map_err(written(maps::SERVICES, MAX_SERVICES))?;
+        fault::point("services", "one written");
+        Ok(())
     }
 
     /// Makes virtual addresses lead where they shall, and no others anywhere.
@@ -111,12 +115,14 @@ impl Maps {
         for (key, endpoint) in &wanted {
             let written = self.virtual_addresses.insert(key, endpoint, 0);
             written.map_err(self::written(maps::VIRTUAL, MAX_VIRTUAL))?;
+            fault::point("virtual addresses", "one written");
         }
         let wanted: BTreeSet<[u8; 16]> = wanted.iter().map(|(key, _)| key.addr).collect();
         let present: Vec<VirtualKey> =
             self.virtual_addresses.keys().collect::<Result<_, _>>().map_err(failed("read", maps::VIRTUAL))?;
         for key in present.iter().filter(|key| !wanted.contains(&key.addr)) {
             absent_is_fine(self.virtual_addresses.remove(key)).map_err(failed("write", maps::VIRTUAL))?;
+            fault::point("virtual addresses", "one removed");
         }
         Ok(())
     }
@@ -124,7 +130,10 @@ impl Maps {
     /// Removes a service and its counters.
     pub(super) fn remove_service(&mut self, id: u32) -> Result<(), Error> {
         absent_is_fine(self.services.remove(&id)).map_err(failed("write", maps::SERVICES))?;
-        absent_is_fine(self.counters.remove(&id)).map_err(failed("write", maps::COUNTERS))
+        fault::point("services", "one removed");
+        absent_is_fine(self.counters.remove(&id)).map_err(failed("write", maps::COUNTERS))?;
+        fault::point("counters", "removed");
+        Ok(())
     }
 
     /// Removes a policy that no service points at any more.
@@ -132,6 +141,7 @@ impl Maps {
         for entry in entries {
             let (bits, key) = entry.key(policy);
             absent_is_fine(self.rules.remove(&Key::new(bits, key))).map_err(failed("write", maps::RULES))?;
+            fault::point("rules", "one removed");
         }
         Ok(())
     }
@@ -150,6 +160,7 @@ impl Maps {
             let RuleKey { policy, .. } = key.data();
             if !policies.contains(&policy) {
                 self.rules.remove(&key).map_err(failed("write", maps::RULES))?;
+                fault::point("rules", "one removed");
             }
         }
         Ok(())
@@ -202,6 +213,7 @@ impl Scopes {
                 }
                 result => result.map_err(failed("write", maps::SCOPES))?,
             }
+            fault::point("scopes", "one written");
         }
         Ok(())
     }

@@ -1,7 +1,7 @@
 //! The compiled programs: into the kernel, and from there to cgroups.
 
 use super::{Cgroup, Error, pins::Pins};
-use crate::sys::bpf;
+use crate::{fault, sys::bpf};
 use agent_ebpf::{
     NETNS_COOKIES, maps,
     programs::{self, Program},
@@ -29,6 +29,7 @@ pub(super) fn load(pins: &Pins, loader: Loader) -> Result<(), Error> {
     pins.create()?;
     share_maps(pins)?;
     let mut ebpf = load_object(pins, loader)?;
+    fault::point("maps", "pinned");
     load_programs(&mut ebpf)?;
     let loaded = |program: Program| {
         let absent = || Error::Program { name: program.name, cause: Box::new(ProgramError::NotLoaded) };
@@ -133,6 +134,7 @@ pub(super) fn link(pins: &Pins, program: Program, cgroup: &Cgroup) -> Result<Own
     };
     let dir = fs::File::open(&cgroup.dir).map_err(open)?;
     let pinned = pinned(pins, program)?;
+    fault::point("link", "about to be made");
     bpf::link_create(pinned.as_fd(), dir.as_fd(), program.attach_type).map_err(|cause| {
         match cause.raw_os_error() {
             // The cgroup was removed after it was opened (cgroup_bpf_attach: "if (cgroup_is_dead)").
@@ -187,7 +189,8 @@ fn replace_pin(pins: &Pins, program: Program, loaded: &aya::programs::Program) -
             _ => {}
         }
         bpf::pin(fd.as_fd(), &next)?;
-        fs::rename(&next, &path)
+        fault::point("program", "pinned beside the former one");
+        fs::rename(&next, &path).inspect(|()| fault::point("program", "in place"))
     };
     replace().map_err(|cause| Error::Pin { action: "create", path: path.clone(), cause })
 }
@@ -198,7 +201,7 @@ fn update_links(pins: &Pins) -> Result<(), Error> {
         for program in programs::all() {
             let Ok(link) = pins.link(scope, program) else { continue };
             match bpf::link_update(link.as_fd(), pinned(pins, program)?.as_fd()) {
-                Ok(()) => {}
+                Ok(()) => fault::point("link", "given another program"),
                 // The cgroup is gone; the next prune removes the link.
                 Err(error) if error.raw_os_error() == Some(libc::ENOLINK) => {}
                 Err(cause) => {

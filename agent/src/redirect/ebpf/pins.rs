@@ -4,7 +4,7 @@
 //! of ours can have written are ever removed.
 
 use super::Error;
-use crate::sys::bpf;
+use crate::{fault, sys::bpf};
 use agent_ebpf::{
     ABI_VERSION, maps,
     programs::{self, Program},
@@ -67,6 +67,10 @@ impl Pins {
     /// Of this binary's version.
     pub(super) fn new(root: PathBuf) -> Self {
         Self { root, version: ABI_VERSION }
+    }
+
+    pub(super) fn root(&self) -> &Path {
+        &self.root
     }
 
     /// Of every version that is there.
@@ -132,7 +136,11 @@ impl Pins {
 
     /// Makes the directories.
     pub(super) fn create(&self) -> Result<(), Error> {
-        [self.maps(), self.programs(), self.links()].iter().try_for_each(|dir| create_dir(dir))
+        [self.maps(), self.programs(), self.links()].iter().try_for_each(|dir| {
+            create_dir(dir)?;
+            fault::point("pins", "directory made");
+            Ok(())
+        })
     }
 
     /// An error where something is there that no version would have put there.
@@ -177,7 +185,10 @@ impl Pins {
 
     pub(super) fn pin_link(&self, scope: Scope, program: Program, link: BorrowedFd<'_>) -> Result<(), Error> {
         let path = self.scope(scope).join(program.name);
-        bpf::pin(link, &path).map_err(|cause| Error::Pin { action: "create", path, cause })
+        fault::point("link", "about to be pinned");
+        bpf::pin(link, &path).map_err(|cause| Error::Pin { action: "create", path, cause })?;
+        fault::point("link", "pinned");
+        Ok(())
     }
 
     pub(super) fn link(&self, scope: Scope, program: Program) -> io::Result<OwnedFd> {
@@ -323,7 +334,7 @@ fn create_dir(dir: &Path) -> Result<(), Error> {
 }
 
 fn remove_file(path: &Path) -> Result<(), Error> {
-    match fs::remove_file(path) {
+    match fs::remove_file(path).inspect(|()| fault::point("pin", "removed")) {
         Err(error) if error.kind() != io::ErrorKind::NotFound => {
             Err(Error::Pin { action: "remove", path: path.to_owned(), cause: error })
         }
@@ -339,7 +350,7 @@ fn is_confined(refused: io::ErrorKind) -> bool {
 
 /// A directory that somebody else put something into stays.
 fn remove_dir(dir: &Path) -> Result<(), Error> {
-    match fs::remove_dir(dir) {
+    match fs::remove_dir(dir).inspect(|()| fault::point("pins", "directory removed")) {
         Err(error) if error.kind() == io::ErrorKind::DirectoryNotEmpty => {
             tracing::warn!(dir = %dir.display(), "not removed: it holds files that are not ours");
             Ok(())

@@ -14,7 +14,7 @@ use socket2::{Domain, Socket, Type};
 use tests::{Answers, http};
 
 /// A pause between two requests of one client: load that shows gaps, not load that hurts.
-const PACE: Duration = Duration::from_millis(2);
+pub(crate) const PACE: Duration = Duration::from_millis(2);
 
 /// Connects as it is told, and says whom the kernel says it is connected to, and who answers.
 pub(crate) fn connect(address: SocketAddr, options: &[&str]) -> anyhow::Result<()> {
