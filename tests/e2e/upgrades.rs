@@ -109,7 +109,7 @@ fn a_connection_from_before_goes_on_and_with_its_end_the_other_version_is_gone(s
         the_other_version_is_gone(sandbox, &agent);
         assert!(agent.log().contains("the other version is gone"), "{}", agent.log());
         agent.disable("shop");
-        assert!(Footprint::of(sandbox).is_empty());
+        nothing_is_left(sandbox);
     }
 }
 
@@ -282,7 +282,7 @@ fn cleanup_of_either_version_leaves_nothing_of_the_other(sandbox: &Sandbox) {
 fn is_cleaned_up_by(sandbox: &Sandbox, build: Build) {
     let steering = Footprint::of(sandbox);
     Agent::program_of(build, sandbox, Place::Outside, &["cleanup"]).run().ok();
-    assert_eq!(Footprint::of(sandbox), Footprint::default());
+    nothing_is_left(sandbox);
     steering.is_gone();
     assert!(!sandbox.pins().exists(), "{} is still there", sandbox.pins().display());
 }
@@ -346,6 +346,12 @@ fn is_steered(sandbox: &Sandbox, place: Place) {
 fn the_other_version_is_gone(sandbox: &Sandbox, agent: &Agent<'_>) {
     eventually("the other version is gone", SOON, || agent.status().retiring.is_empty());
     assert_eq!(versions(sandbox).len(), 1);
+}
+
+/// The kernel lets go a moment after the last reference.
+#[track_caller]
+fn nothing_is_left(sandbox: &Sandbox) {
+    eventually("nothing is left", SOON, || Footprint::of(sandbox).is_empty());
 }
 
 /// Folders of versions that are pinned.
