@@ -423,7 +423,10 @@ fn absolute(path: Option<Spanned<PathBuf>>, default: &str) -> Result<PathBuf, Fa
         Some(path) if path.value.is_absolute() => Ok(path.value),
         Some(path) => fault(
             &path,
-            format!("`{}` is a relative path; expected one that begins with `/`", path.value.display()),
+            format!(
+                "`{}` is a relative path; expected one that begins with `/`",
+                path.value.to_string_lossy().escape_debug()
+            ),
         ),
     }
 }

@@ -187,7 +187,10 @@ impl RawConfig {
         }
         let origins = match self.origins {
             Some(path) if !path.value.is_absolute() => {
-                let message = format!("`{}` is not an absolute path", path.value.display());
+                let message = format!(
+                    "`{}` is a relative path; expected one that begins with `/`",
+                    path.value.to_string_lossy().escape_debug()
+                );
                 return fault(&path, message);
             }
             Some(path) => path.value,

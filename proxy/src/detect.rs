@@ -39,7 +39,11 @@ fn host(request: &httparse::Request<'_, '_>) -> Option<String> {
     }
     let mut hosts = request.headers.iter().filter(|header| header.name.eq_ignore_ascii_case("host"));
     match (hosts.next(), hosts.next()) {
-        (Some(host), None) => std::str::from_utf8(host.value).ok().map(|value| value.trim().to_owned()),
+        (Some(host), None) => {
+            let value = std::str::from_utf8(host.value).ok()?.trim();
+            // A value may have tabs in it (RFC 9110 §5.5), a host may not.
+            (!value.contains(char::is_control)).then(|| value.to_owned())
+        }
         _ => None,
     }
 }
@@ -71,6 +75,7 @@ mod tests {
 
     #[test]
     fn no_host_and_two_hosts_are_none() {
+        assert_eq!(host_of(b"GET / HTTP/1.1\r\nHost: s\thop\r\n\r\n"), None);
         assert_eq!(host_of(b"GET / HTTP/1.0\r\n\r\n"), None);
         assert_eq!(host_of(b"GET / HTTP/1.1\r\nHost: a\r\nHost: b\r\n\r\n"), None);
     }

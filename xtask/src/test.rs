@@ -4,6 +4,7 @@ use crate::{
     build::{self, PROFILE, cargo, step},
     setup,
 };
+use std::env;
 
 /// All tests, or those whose names contain `filter`.
 pub(crate) fn run(filter: Option<&str>) -> anyhow::Result<()> {
@@ -30,9 +31,13 @@ fn lints() -> anyhow::Result<()> {
     build::run(cargo(&[&clippy[..], &FEATURES, &["--", "--deny", "warnings"]].concat()))
 }
 
+/// Fuzz targets get the same inputs every time, unless another seed is given: a change is held to what it changes.
 fn unit_tests(filter: Option<&str>) -> anyhow::Result<()> {
+    const SEED: &str = "BOLERO_RANDOM_SEED";
     let test = ["test", "--workspace", "--exclude", "tests", "--locked", "--profile", PROFILE];
-    build::run(cargo(&[&test[..], &FEATURES, &filter.map_or(vec![], |filter| vec![filter])].concat()))
+    let mut command = cargo(&[&test[..], &FEATURES, &filter.map_or(vec![], |filter| vec![filter])].concat());
+    command.env(SEED, env::var_os(SEED).unwrap_or_else(|| "1".into()));
+    build::run(command)
 }
 
 fn end_to_end_tests(filter: Option<&str>) -> anyhow::Result<()> {
