@@ -200,7 +200,7 @@ impl Daemon {
     ) -> Result<Self, Error> {
         let file = StateFile::new(&config.paths.state);
         let mut state = file.load()?;
-        let mode::Choice { mode, reason } = mode::choose(config.mode, &probe::facts(&config))?;
+        let mode::Choice { mode, reason } = mode::choose(config.mode, &probe::facts_of_wanted(&config))?;
         tracing::info!(%mode, "{reason}");
         let artefact = |mode| {
             let named = Artefact::of(mode, &config.paths);

@@ -46,7 +46,6 @@ fn put(path: &Path, content: &[u8], subject: &str, sync: impl Fn(&File) -> io::R
     let put = || {
         // Of a process that was killed, or somebody's link.
         unlink(&next)?;
-        fault::point(subject, "about to be written");
         let mut file = OpenOptions::new().write(true).create_new(true).mode(0o644).open(&next)?;
         fault::point(subject, "temporary file made");
         file.write_all(content)?;
@@ -62,7 +61,6 @@ fn put(path: &Path, content: &[u8], subject: &str, sync: impl Fn(&File) -> io::R
 /// Removes a file, and what a killed process left beside it. True where either was there.
 pub(crate) fn remove(path: &Path, subject: &str) -> io::Result<bool> {
     let was_beside = remove_beside(path)?;
-    fault::point(subject, "about to be removed");
     let was_there = unlink(path)?;
     fault::point(subject, "removed");
     Ok(was_there || was_beside)

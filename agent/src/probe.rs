@@ -2,7 +2,7 @@
 
 use crate::{
     config::Config,
-    mode::Facts,
+    mode::{Facts, Mode, Wanted},
     redirect::{ebpf, hosts, nftables},
 };
 use std::{
@@ -27,6 +27,17 @@ pub(crate) enum ProbeError {
 
 /// What each mode of steering finds here.
 pub(crate) fn facts(config: &Config) -> Facts {
+    facts_of(config, |_| true)
+}
+
+/// The same of those modes alone that the configuration leaves to choose from: it takes a while to try one.
+pub(crate) fn facts_of_wanted(config: &Config) -> Facts {
+    facts_of(config, |mode| [Wanted::Auto, Wanted::Only(mode)].contains(&config.mode))
+}
+
+fn facts_of(config: &Config, is_wanted: impl Fn(Mode) -> bool) -> Facts {
+    let wanted =
+        |mode| if is_wanted(mode) { Ok(()) } else { Err("not tried: another mode is configured".to_owned()) };
     let root = cgroup2_mount().map_err(|error| error.to_string());
     let pins = &config.paths.pins;
     let bpffs = || match is_on_bpffs(pins) {
@@ -36,8 +47,12 @@ pub(crate) fn facts(config: &Config) -> Facts {
     let ebpf = || ebpf::try_load().map_err(|error| error.to_string());
     let nftables = |root: &PathBuf| nftables::try_rules(root).map_err(|error| error.to_string());
     Facts {
-        ebpf: root.as_ref().map(drop).map_err(Clone::clone).and_then(|()| bpffs()).and_then(|()| ebpf()),
-        nftables: root.as_ref().map_err(Clone::clone).and_then(nftables),
+        ebpf: wanted(Mode::Ebpf)
+            .and_then(|()| root.as_ref().map(drop).map_err(Clone::clone))
+            .and_then(|()| bpffs())
+            .and_then(|()| ebpf()),
+        nftables: wanted(Mode::Nftables)
+            .and_then(|()| root.as_ref().map_err(Clone::clone).and_then(nftables)),
         hosts: hosts::try_file(&config.paths.hosts).map_err(|error| error.to_string()),
         hosts_is_mount: is_mount(&config.paths.hosts),
     }

@@ -68,9 +68,11 @@ fn bystander(sandbox: &Sandbox, done: &AtomicBool) -> usize {
     asked
 }
 
-/// Something that is done to a host, which has systemd.
+/// Something that is done to a host.
 struct Scenario {
     name: &'static str,
+    /// Whether there is systemd.
+    with_systemd: bool,
     applies: fn(Mode) -> bool,
     /// What is there before, which nobody disturbs.
     before: fn(&mut Rig<'_>),
@@ -81,6 +83,7 @@ struct Scenario {
 const SCENARIOS: [Scenario; 12] = [
     Scenario {
         name: "a daemon starts with nothing enabled, and the first service is enabled",
+        with_systemd: false,
         applies: |_| true,
         before: |_| {},
         act: |rig| {
@@ -90,24 +93,28 @@ const SCENARIOS: [Scenario; 12] = [
     },
     Scenario {
         name: "another service is enabled",
+        with_systemd: false,
         applies: |_| true,
         before: |rig| rig.started_with(&["shop"]),
         act: |rig| rig.command(&["enable", "stock"]),
     },
     Scenario {
         name: "one of two services is disabled",
+        with_systemd: false,
         applies: |_| true,
         before: |rig| rig.started_with(&["shop", "stock"]),
         act: |rig| rig.command(&["disable", "shop"]),
     },
     Scenario {
         name: "the last service is disabled",
+        with_systemd: false,
         applies: |_| true,
         before: |rig| rig.started_with(&["shop"]),
         act: |rig| rig.command(&["disable", "shop"]),
     },
     Scenario {
         name: "a daemon starts with a service enabled",
+        with_systemd: false,
         applies: |_| true,
         before: |rig| {
             rig.started_with(&["shop"]);
@@ -117,17 +124,19 @@ const SCENARIOS: [Scenario; 12] = [
     },
     Scenario {
         name: "a daemon starts with another mode",
+        with_systemd: false,
         applies: |_| true,
         before: |rig| {
             rig.started_with(&["shop"]);
             rig.stop();
-            let mode = if rig.sandbox.mode == Mode::Ebpf { "nftables" } else { "ebpf" };
+            let mode = if rig.sandbox.mode == Mode::Nftables { "ebpf" } else { "nftables" };
             rig.configure(mode, "");
         },
         act: |rig| rig.start(),
     },
     Scenario {
         name: "a unit attaches itself after a boot, without a daemon",
+        with_systemd: false,
         applies: |mode| mode == Mode::Ebpf,
         before: |rig| {
             rig.started_with(&["shop"]);
@@ -137,12 +146,12 @@ const SCENARIOS: [Scenario; 12] = [
         act: |rig| rig.command_at(Place::Shop, &["attach", "shop"]),
     },
     Scenario {
-        name: "a service is a container",
-        applies: |_| true,
+        name: "a service that is a container is enabled and disabled",
+        with_systemd: false,
+        applies: |mode| mode == Mode::Nftables,
         before: |rig| {
-            let mode = rig.sandbox.mode.name();
-            rig.configure(mode, "  web: { container: web }\n");
-            rig.start();
+            rig.configure(rig.sandbox.mode.name(), "  web: { container: web }\n");
+            rig.started_with(&["stock"]);
         },
         act: |rig| {
             rig.command(&["enable", "web"]);
@@ -150,11 +159,12 @@ const SCENARIOS: [Scenario; 12] = [
         },
     },
     Scenario {
-        name: "a service is a unit",
-        applies: |_| true,
+        name: "a service that is a unit is enabled and disabled",
+        with_systemd: true,
+        applies: |mode| mode == Mode::Hosts,
         before: |rig| {
             rig.configure(rig.sandbox.mode.name(), TILL);
-            rig.start();
+            rig.started_with(&["stock"]);
         },
         act: |rig| {
             rig.command(&["enable", "till"]);
@@ -163,7 +173,8 @@ const SCENARIOS: [Scenario; 12] = [
     },
     Scenario {
         name: "a daemon starts when a service is another unit than it was",
-        applies: |mode| mode == Mode::Ebpf,
+        with_systemd: true,
+        applies: |mode| mode == Mode::Hosts,
         before: |rig| {
             rig.configure(rig.sandbox.mode.name(), TILL);
             rig.started_with(&["till"]);
@@ -174,18 +185,21 @@ const SCENARIOS: [Scenario; 12] = [
     },
     Scenario {
         name: "a command is run as a service",
-        applies: |_| true,
-        before: |rig| rig.start(),
+        with_systemd: false,
+        applies: |mode| mode == Mode::Nftables,
+        before: |rig| rig.started_with(&["shop"]),
         act: |rig| {
             let service = format!("probe-{}", rig.sandbox.mark());
             rig.command(&["exec", &service, "--", "true"]);
-            let state = rig.sandbox.path("state/enabled.json");
-            let is_enabled = || fs::read_to_string(&state).is_ok_and(|text| text.contains(&service));
-            wait_for(SOON, || (!is_enabled() || !rig.is_running()).then_some(()));
+            // What is made first is forgotten last.
+            let journal = rig.sandbox.path("state/journal.json");
+            let is_noted = || fs::read_to_string(&journal).is_ok_and(|text| text.contains(&service));
+            wait_for(SOON, || (!is_noted() || !rig.is_running()).then_some(()));
         },
     },
     Scenario {
         name: "cleanup",
+        with_systemd: false,
         applies: |_| true,
         before: |rig| {
             rig.started_with(&["shop", "stock"]);
@@ -373,7 +387,11 @@ impl<'s> Rig<'s> {
 
     fn program(&self, place: Place, args: &[&str]) -> tests::Program<'s> {
         let config = self.sandbox.path("agent.yaml").display().to_string();
-        let program = self.sandbox.with_systemd(place, tests::binary("mesh-redirect"));
+        let agent = tests::binary("mesh-redirect");
+        let program = match self.scenario.with_systemd {
+            true => self.sandbox.with_systemd(place, agent),
+            false => self.sandbox.program(place, agent),
+        };
         let program =
             program.args(["--config", &config]).args(args).env("MESH_REDIRECT_FAULT_LOG", self.log());
         match self.kill {
@@ -383,8 +401,7 @@ impl<'s> Rig<'s> {
     }
 }
 
-/// Every point with its number. What is done again for each program, link or rule is chosen when it is done first, halfway
-/// and last.
+/// Every point with its number. What is done again for each program, link or rule is chosen when it is done first and last.
 fn chosen(points: &[String]) -> Vec<(usize, &String)> {
     let mut numbers: BTreeMap<&String, Vec<usize>> = BTreeMap::new();
     for (number, point) in (1..).zip(points) {
@@ -394,7 +411,7 @@ fn chosen(points: &[String]) -> Vec<(usize, &String)> {
         .into_iter()
         .flat_map(|(point, numbers)| {
             let last = numbers.len() - 1;
-            BTreeSet::from([0, last / 2, last]).into_iter().map(move |index| (numbers[index], point))
+            BTreeSet::from([0, last]).into_iter().map(move |index| (numbers[index], point))
         })
         .collect();
     chosen.sort_unstable();

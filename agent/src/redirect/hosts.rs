@@ -197,7 +197,6 @@ fn replace(path: &Path, text: &[u8]) -> io::Result<()> {
     let write = || {
         let before = fs::metadata(path)?;
         remove_if_there(&next)?;
-        fault::point("hosts", "about to be replaced");
         let mut file = fs::File::create_new(&next)?;
         fault::point("hosts", "temporary file made");
         fchown(&file, Some(before.uid()), Some(before.gid()))?;

@@ -104,7 +104,6 @@ impl Nftables {
         }
         let known = committed.filter(|known| found == Some(known.fingerprint()));
         let change = known.and_then(|known| message::change(&known, &ruleset));
-        fault::point("table", "about to be changed");
         match change {
             Some(batch) => kernel.commit(batch)?,
             None => kernel.commit(message::replace(&kernel.present()?, &ruleset))?,
@@ -136,7 +135,6 @@ impl Nftables {
         if present == message::Present::default() {
             return Ok(());
         }
-        fault::point("table", "about to be removed");
         kernel.commit(message::remove())?;
         fault::point("table", "removed");
         Ok(())
