@@ -78,8 +78,9 @@ fn next(path: &Path) -> PathBuf {
     name.into()
 }
 
-fn unlink(path: &Path) -> io::Result<bool> {
-    match fs::remove_file(path) {
+/// Removes a file where there is one. A read-only file system would refuse also where there is none.
+pub(crate) fn unlink(path: &Path) -> io::Result<bool> {
+    match fs::symlink_metadata(path).and_then(|_| fs::remove_file(path)) {
         Ok(()) => Ok(true),
         Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(false),
         Err(error) => Err(error),

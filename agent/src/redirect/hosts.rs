@@ -7,7 +7,7 @@
 mod document;
 
 use super::{Desired, Drift, ServiceStatus, Status};
-use crate::{config::Failure, fault, ready, routable::Name};
+use crate::{config::Failure, durable, fault, ready, routable::Name};
 use agent_ebpf::Counters;
 use nix::fcntl::{Flock, FlockArg};
 use std::{
@@ -66,7 +66,7 @@ impl Hosts {
 
     /// Removes the names, and what a killed process left beside the file.
     pub(crate) fn remove(&mut self) -> Result<(), Error> {
-        remove_if_there(&next(&self.file)).map_err(self.failed("clean up beside"))?;
+        durable::unlink(&next(&self.file)).map_err(self.failed("clean up beside"))?;
         match self.edit(document::without) {
             Err(Error::File { cause, .. }) if cause.kind() == io::ErrorKind::NotFound => Ok(()),
             edited => edited,
@@ -196,7 +196,7 @@ fn replace(path: &Path, text: &[u8]) -> io::Result<()> {
     let next = next(path);
     let write = || {
         let before = fs::metadata(path)?;
-        remove_if_there(&next)?;
+        durable::unlink(&next)?;
         let mut file = fs::File::create_new(&next)?;
         fault::point("hosts", "temporary file made");
         fchown(&file, Some(before.uid()), Some(before.gid()))?;
@@ -218,13 +218,6 @@ fn replace(path: &Path, text: &[u8]) -> io::Result<()> {
 /// Where a file is made before it takes the place of the one that is there.
 fn next(path: &Path) -> PathBuf {
     path.with_extension("mesh-redirect")
-}
-
-fn remove_if_there(path: &Path) -> io::Result<()> {
-    match fs::remove_file(path) {
-        Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
-        _ => Ok(()),
-    }
 }
 
 const SELINUX: &str = "security.selinux";
