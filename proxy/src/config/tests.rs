@@ -44,7 +44,7 @@ fn every_fault_is_named_with_its_place_and_what_was_expected() {
         ("listen: { workers: 0 }\n".to_owned(), "1:20", "expected 1 to 1024"),
         ("admin: localhost\n".to_owned(), "1:8", "address"),
         ("admin: 127.0.0.1:15001\n".to_owned(), "1:8", "expected another one"),
-        ("origins: origins.sock\n".to_owned(), "1:10", "not an absolute path"),
+        ("origins: origins.sock\n".to_owned(), "1:10", "is a relative path"),
         ("dns: { port: 0 }\n".to_owned(), "1:14", "expected 1 to 65520"),
         ("dns: { port: 65521 }\n".to_owned(), "1:14", "expected 1 to 65520"),
         ("dns: { port: 15001 }\n".to_owned(), "1:14", "expected another one"),
