@@ -5,11 +5,12 @@ use crate::{
     explain::{Destination, Proto},
 };
 use clap::{Args, Parser, Subcommand, value_parser};
+use clap_complete::Shell;
 use std::{ffi::OsString, path::PathBuf, time::Duration};
 
 /// Steers unmodified services' outbound connections into a co-located proxy, one service at a time.
 #[derive(Debug, Parser)]
-#[command(version, about, max_term_width = 110)]
+#[command(name = "mesh-redirect", version, about, max_term_width = 110)]
 pub(crate) struct Cli {
     /// The configuration file [default: /etc/mesh-redirect/agent.yaml, which may be absent]
     #[arg(long, global = true, value_name = "FILE")]
@@ -109,6 +110,19 @@ pub(crate) enum Command {
         /// Whose policy applies
         service: String,
     },
+    /// Print what a shell needs to complete these commands, for a file that it reads when it starts
+    Completions {
+        /// The shell
+        shell: Shell,
+    },
+    /// Print a page of the manual, or write all pages
+    Man {
+        /// The command that it is about; this program, unless one is named
+        command: Option<String>,
+        /// Write every page to this directory
+        #[arg(long, value_name = "DIR", conflicts_with = "command")]
+        dir: Option<PathBuf>,
+    },
 }
 
 /// Which services, and whether in earnest.
@@ -143,4 +157,24 @@ pub(crate) struct Attach {
     /// A container's, whose state is read from standard input; one that is no enabled service is left alone
     #[arg(long)]
     pub(crate) oci: bool,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use clap::{Command, CommandFactory as _};
+
+    fn commands(of: &Command) -> Vec<Command> {
+        [of.clone()].into_iter().chain(of.get_subcommands().flat_map(commands)).collect()
+    }
+
+    #[test]
+    fn every_command_and_every_argument_says_what_it_is() {
+        for command in commands(&Cli::command()) {
+            assert!(command.get_about().is_some(), "{}", command.get_name());
+            let mut arguments = command.get_arguments();
+            let silent = arguments.find(|argument| argument.get_help().is_none());
+            assert!(silent.is_none(), "{}: {silent:?}", command.get_name());
+        }
+    }
 }

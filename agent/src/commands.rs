@@ -9,7 +9,7 @@ use crate::{
     output::Output,
     paths, present, ready,
     redirect::ebpf::{self, Other},
-    run,
+    reference, run,
 };
 use anyhow::{Context as _, anyhow, bail};
 use nix::unistd::geteuid;
@@ -38,6 +38,14 @@ pub(crate) fn run(cli: Cli) -> ExitCode {
 }
 
 fn execute(cli: Cli, output: Output) -> anyhow::Result<ExitCode> {
+    // A configuration that is broken does not matter to them.
+    match cli.command {
+        Command::Completions { shell } => return reference::completions(shell, output),
+        Command::Man { command, dir } => {
+            return reference::manual(command.as_deref(), dir.as_deref(), output);
+        }
+        _ => {}
+    }
     let file = cli.config.map(std::path::absolute).transpose()?;
     let loaded = Config::load(file.as_deref());
     if let Command::Attach(Attach { oci: true, .. }) = cli.command {
@@ -79,6 +87,8 @@ fn execute(cli: Cli, output: Output) -> anyhow::Result<ExitCode> {
         }
         Command::Env { service, systemd } => env(&config, &service, systemd, output)?,
         Command::Cleanup => return clean_up(Ok(config), file.as_deref(), output),
+        // Those were printed above.
+        Command::Completions { .. } | Command::Man { .. } => {}
         Command::Check { service: None } => {
             let findings = check::all(&config);
             output.result(&findings, present::check)?;

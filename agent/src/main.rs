@@ -32,6 +32,7 @@ mod probe;
 mod ready;
 mod reason;
 mod redirect;
+mod reference;
 mod removal;
 mod routable;
 mod rules;

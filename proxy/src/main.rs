@@ -17,6 +17,7 @@ mod origin;
 mod origins;
 mod pool;
 mod process;
+mod reference;
 mod resolve;
 mod rewind;
 mod routable;
@@ -26,13 +27,19 @@ mod target;
 mod tunnel;
 mod worker;
 
-use clap::{Parser, Subcommand};
-use std::{io::IsTerminal as _, path::PathBuf, process::ExitCode};
+use clap::{CommandFactory as _, Parser, Subcommand};
+use clap_complete::Shell;
+use config::ConfigError;
+use std::{
+    io::IsTerminal as _,
+    path::{Path, PathBuf},
+    process::ExitCode,
+};
 use tracing_subscriber::EnvFilter;
 
 /// Balances and observes the connections that are steered into it, and relays what it does not know untouched.
 #[derive(Debug, Parser)]
-#[command(version, about, max_term_width = 110)]
+#[command(name = "mesh-proxy", version, about, max_term_width = 110)]
 struct Cli {
     #[command(subcommand)]
     command: Command,
@@ -51,38 +58,49 @@ enum Command {
         /// The file
         file: PathBuf,
     },
+    /// Print what a shell needs to complete these commands, for a file that it reads when it starts
+    Completions {
+        /// The shell
+        shell: Shell,
+    },
+    /// Write the pages of the manual
+    Man {
+        /// Write them to this directory
+        #[arg(long, value_name = "DIR")]
+        dir: PathBuf,
+    },
 }
 
 /// A configuration that is wrong, as clap's usage errors.
 const BAD_INPUT: u8 = 2;
 
 fn main() -> ExitCode {
-    let command = Cli::parse().command;
-    let (Command::Run { config: file } | Command::Check { file }) = &command;
-    let config = match config::load(file) {
-        Ok(config) => config,
-        Err(error) => {
-            eprintln!("mesh-proxy: {error}");
-            return ExitCode::from(BAD_INPUT);
-        }
+    let done = match Cli::parse().command {
+        Command::Run { config } => run(&config),
+        Command::Check { file } => check(&file),
+        Command::Completions { shell } => reference::completions(Cli::command(), shell).map_err(Into::into),
+        Command::Man { dir } => reference::manual(Cli::command(), &dir).map_err(Into::into),
     };
-    if let Command::Check { .. } = command {
-        println!(
-            "{}: {} virtual hosts, {} clusters",
-            file.display(),
-            config.virtual_hosts.len(),
-            config.clusters.len()
-        );
-        return ExitCode::SUCCESS;
-    }
-    log_to_stderr();
-    match process::run(file, &config) {
+    match done {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             eprintln!("mesh-proxy: {error:#}");
-            ExitCode::FAILURE
+            if error.is::<ConfigError>() { ExitCode::from(BAD_INPUT) } else { ExitCode::FAILURE }
         }
     }
+}
+
+fn run(file: &Path) -> anyhow::Result<()> {
+    let config = config::load(file)?;
+    log_to_stderr();
+    process::run(file, &config)
+}
+
+fn check(file: &Path) -> anyhow::Result<()> {
+    let config = config::load(file)?;
+    let (hosts, clusters) = (config.virtual_hosts.len(), config.clusters.len());
+    println!("{}: {hosts} virtual hosts, {clusters} clusters", file.display());
+    Ok(())
 }
 
 fn log_to_stderr() {

@@ -80,6 +80,7 @@ mod names;
 mod nftables;
 mod origins;
 mod paths;
+mod reference;
 mod reload;
 mod routable;
 mod scope;

@@ -17,6 +17,14 @@ use std::{
 const BINARIES: [&str; 2] = ["mesh-redirect", "mesh-proxy"];
 const UNITS: [&str; 2] = ["mesh-redirect.service", "mesh-proxy.service"];
 const CONFIGURATIONS: [&str; 2] = ["agent.yaml", "proxy.yaml"];
+/// Shells, where they look for the completions of a program, below the prefix, and what stands before and after its name
+/// there.
+const COMPLETIONS: [(&str, &str, [&str; 2]); 3] = [
+    ("bash", "share/bash-completion/completions", ["", ""]),
+    ("zsh", "share/zsh/site-functions", ["_", ""]),
+    ("fish", "share/fish/vendor_completions.d", ["", ".fish"]),
+];
+const MAN_DIR: &str = "share/man/man8";
 const UNIT_DIR: &str = "/etc/systemd/system";
 const CONFIGURATION_DIR: &str = "/etc/mesh-redirect";
 
@@ -67,6 +75,10 @@ impl Place {
         self.at(self.prefix.join("bin").join(name))
     }
 
+    fn shared(&self, dir: &str) -> PathBuf {
+        self.at(self.prefix.join(dir))
+    }
+
     fn unit(&self, name: &str) -> PathBuf {
         self.at(Path::new(UNIT_DIR).join(name))
     }
@@ -97,6 +109,9 @@ impl Install {
             let content = fs::read(&binary).with_context(|| format!("read {}", binary.display()))?;
             put(&self.place.binary(name), &content, 0o755)?;
         }
+        for name in BINARIES {
+            self.install_reference(name, &binaries.join(name))?;
+        }
         for name in UNITS {
             let prefix = self.place.prefix.to_string_lossy();
             put(&self.place.unit(name), packaged(name)?.replace("@PREFIX@", &prefix).as_bytes(), 0o644)?;
@@ -115,6 +130,40 @@ impl Install {
         println!("start it: systemctl enable --now mesh-redirect mesh-proxy");
         Ok(())
     }
+}
+
+impl Install {
+    /// What the program says of itself: completions, and its manual.
+    fn install_reference(&self, name: &str, program: &Path) -> anyhow::Result<()> {
+        if Command::new(program).arg("--version").output().is_err() {
+            println!("skipped   completions and manual: {} does not run here", program.display());
+            return Ok(());
+        }
+        for (shell, dir, around) in COMPLETIONS {
+            let script = said(program, &["completions", shell])?;
+            put(&self.place.shared(dir).join(around.join(name)), &script, 0o644)?;
+        }
+        let dir = self.place.shared(MAN_DIR);
+        fs::create_dir_all(&dir).with_context(|| format!("make {}", dir.display()))?;
+        let written = said(program, &["man", "--dir", &dir.to_string_lossy()])?;
+        for page in String::from_utf8_lossy(&written).lines() {
+            println!("installed {page}");
+        }
+        Ok(())
+    }
+}
+
+fn said(program: &Path, args: &[&str]) -> anyhow::Result<Vec<u8>> {
+    let output = Command::new(program).args(args).output();
+    let output = output.with_context(|| format!("run {}", program.display()))?;
+    ensure!(
+        output.status.success(),
+        "{} {}: {}",
+        program.display(),
+        args.join(" "),
+        String::from_utf8_lossy(&output.stderr)
+    );
+    Ok(output.stdout)
 }
 
 fn built() -> anyhow::Result<PathBuf> {
@@ -147,9 +196,32 @@ impl Uninstall {
         {
             remove(&path)?;
         }
+        self.remove_reference()?;
         self.remove_configuration()?;
         if self.place.has_systemd() {
             build::run(systemctl(&["daemon-reload"]))?;
+        }
+        Ok(())
+    }
+
+    fn remove_reference(&self) -> anyhow::Result<()> {
+        for (_, dir, around) in COMPLETIONS {
+            BINARIES.iter().try_for_each(|name| remove(&self.place.shared(dir).join(around.join(name))))?;
+        }
+        for page in fs::read_dir(self.place.shared(MAN_DIR)).into_iter().flatten().flatten() {
+            let name = page.file_name();
+            let name = name.to_string_lossy();
+            let of =
+                |program: &&str| name.strip_prefix(program).is_some_and(|rest| rest.starts_with(['.', '-']));
+            if BINARIES.iter().any(of) {
+                remove(&page.path())?;
+            }
+        }
+        // Directories stay while anything is in them.
+        let _ = fs::remove_dir(self.place.shared(MAN_DIR));
+        for (_, dir, _) in COMPLETIONS {
+            let (dir, above) = (self.place.shared(dir), self.place.shared(dir).with_file_name(""));
+            let _ = fs::remove_dir(dir).and_then(|()| fs::remove_dir(above));
         }
         Ok(())
     }

@@ -51,6 +51,7 @@ const TOOLS: &[(For, &str, &str)] = &[
     (For::Tests, "systemd-nspawn", "systemd-container"),
     (For::Tests, "runc", "runc"),
     (For::Tests, "patchelf", "patchelf"),
+    (For::Tests, "groff", "groff"),
 ];
 
 /// Debian's compiler with the sources of `core`, and what bpf-linker is built with.
