@@ -32,6 +32,8 @@ pub(crate) struct Config {
     pub(crate) mode: Wanted,
     pub(crate) paths: Paths,
     pub(crate) proxy: Proxy,
+    /// Where metrics are served, besides the control socket.
+    pub(crate) metrics: Option<SocketAddr>,
     /// What holds for services that say nothing of their own.
     pub(crate) defaults: Policy,
     /// The services that the file names.
@@ -315,6 +317,7 @@ impl RawConfig {
             admin: admin.map_or(SocketAddr::from((Ipv4Addr::LOCALHOST, 15000)), |admin| admin.value),
             scope: scope.unwrap_or_else(|| Scope::Unit("mesh-proxy.service".to_owned())),
         };
+        let metrics = self.metrics.as_ref().map(|address| own_address(address, &proxy)).transpose()?;
         let mut services = BTreeMap::new();
         for (raw::Name(name), raw) in self.services {
             services.insert(name, service(raw, &defaults)?);
@@ -325,7 +328,7 @@ impl RawConfig {
             Some(RawMode::Nftables) => Wanted::Only(Mode::Nftables),
             Some(RawMode::Hosts) => Wanted::Only(Mode::Hosts),
         };
-        Ok(Config { file: file.to_owned(), mode, paths, proxy, defaults, services })
+        Ok(Config { file: file.to_owned(), mode, paths, proxy, metrics, defaults, services })
     }
 }
 
@@ -352,6 +355,18 @@ fn policy(failure: Option<Failure>, capture: Option<Spanned<RawCapture>>, inheri
         include: include.map_or_else(|| Arc::clone(&inherited.include), |include| written(include.value)),
         exclude: exclude.map_or_else(|| Arc::clone(&inherited.exclude), written),
         dns: dns.map_or(inherited.dns, Written::from),
+    }
+}
+
+/// Where nobody listens whom we know.
+fn own_address(address: &Spanned<SocketAddr>, proxy: &Proxy) -> Result<SocketAddr, Fault> {
+    let port = address.value.port();
+    match port {
+        0 => fault(address, "0 is not a port; expected 1 to 65535"),
+        _ if [proxy.port, proxy.admin.port()].contains(&port) => {
+            fault(address, format!("port {port} is the proxy's; expected another one"))
+        }
+        _ => Ok(address.value),
     }
 }
 

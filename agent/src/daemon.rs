@@ -13,7 +13,7 @@ use crate::{
     decisions::{self, Lines, Watchers},
     fault,
     journal::{Artefact, Journal},
-    lock,
+    lock, metrics,
     mode::{self, Mode},
     origins, plan, probe,
     redirect::{self, Desired, Ready, Redirect, ebpf},
@@ -42,6 +42,7 @@ const TICK: Duration = Duration::from_secs(1);
 #[derive(Debug)]
 pub(crate) enum Request {
     Status(Reply<api::Status>),
+    Metrics(Reply<metrics::Measured>),
     Enable(api::Change, Reply<api::Changed>),
     Disable(api::Change, Reply<api::Changed>),
     /// Look for open connections, or close them.
@@ -185,6 +186,7 @@ pub(crate) struct Daemon {
     /// Who watches decisions.
     watchers: Arc<Watchers>,
     commands: u64,
+    tally: metrics::Tally,
 }
 
 impl Daemon {
@@ -231,6 +233,7 @@ impl Daemon {
             workloads,
             compiled,
             commands: 0,
+            tally: metrics::Tally::default(),
         };
         daemon.find_containers()?;
         daemon.reconcile()?;
@@ -265,20 +268,23 @@ impl Daemon {
 
     /// Does as it is told until it is told to stop, and compares the host with what is wanted in between.
     pub(crate) fn run(mut self, requests: &Receiver<Request>) {
+        let tally = self.tally.clone();
+        let answer = Answer(&tally);
         let mut next_look = Instant::now() + TICK;
         loop {
             match requests.recv_timeout(next_look.saturating_duration_since(Instant::now())) {
-                Ok(Request::Status(reply)) => answer(reply, self.status()),
-                Ok(Request::Enable(change, reply)) => answer(reply, self.enable(&change)),
-                Ok(Request::Disable(change, reply)) => answer(reply, self.disable(&change)),
-                Ok(Request::Connections(asked, reply)) => answer(reply, self.connections(&asked)),
-                Ok(Request::Reload(reload, reply)) => answer(reply, self.reload(reload)),
-                Ok(Request::Join(name, pid, reply)) => answer(reply, self.join(&name, pid)),
-                Ok(Request::Adopt(name, pid, reply)) => answer(reply, self.adopt(&name, pid)),
-                Ok(Request::Attach(name, pid, reply)) => answer(reply, self.attach(&name, pid)),
-                Ok(Request::Watch(watch, reply)) => answer(reply, self.watch(watch)),
+                Ok(Request::Status(reply)) => answer.give(reply, self.status()),
+                Ok(Request::Metrics(reply)) => answer.give(reply, self.measure()),
+                Ok(Request::Enable(change, reply)) => answer.give(reply, self.enable(&change)),
+                Ok(Request::Disable(change, reply)) => answer.give(reply, self.disable(&change)),
+                Ok(Request::Connections(asked, reply)) => answer.give(reply, self.connections(&asked)),
+                Ok(Request::Reload(reload, reply)) => answer.give(reply, self.reload(reload)),
+                Ok(Request::Join(name, pid, reply)) => answer.give(reply, self.join(&name, pid)),
+                Ok(Request::Adopt(name, pid, reply)) => answer.give(reply, self.adopt(&name, pid)),
+                Ok(Request::Attach(name, pid, reply)) => answer.give(reply, self.attach(&name, pid)),
+                Ok(Request::Watch(watch, reply)) => answer.give(reply, self.watch(watch)),
                 Ok(Request::Routable(routable)) => self.hear_of_routable(routable),
-                Ok(Request::AttachProxy(pid, reply)) => answer(reply, self.attach_proxy(pid)),
+                Ok(Request::AttachProxy(pid, reply)) => answer.give(reply, self.attach_proxy(pid)),
                 // What was said of another one than is configured now says nothing any more.
                 Ok(Request::Proxy(proxy, ready)) if proxy == self.config.proxy => self.hear_of_proxy(ready),
                 Ok(Request::Proxy(..)) => {}
@@ -289,27 +295,33 @@ impl Daemon {
             if Instant::now() >= next_look || self.has_drifted {
                 next_look = Instant::now() + TICK;
                 let result = self.reconcile();
-                if let (Err(error), None) = (&result, &self.failure) {
-                    tracing::error!("{error}; tried again every second");
+                match &result {
+                    Ok(differed) => tally.looked(*differed),
+                    Err(error) => {
+                        tally.failed(error.kind());
+                        if self.failure.is_none() {
+                            tracing::error!("{error}; tried again every second");
+                        }
+                    }
                 }
                 self.failure = result.err().map(|error| error.to_string());
             }
         }
     }
 
-    /// Brings kernel and host in line with what is wanted.
-    fn reconcile(&mut self) -> Result<(), Error> {
+    /// Brings kernel and host in line with what is wanted. True where they were not.
+    fn reconcile(&mut self) -> Result<bool, Error> {
         if let Some(pending) = self.pending.take() {
             self.hear_of_routable(pending);
         }
         self.forget_ended_commands()?;
-        self.apply(&self.state.clone())?;
+        let differed = self.apply(&self.state.clone())? || self.has_drifted;
         if self.has_drifted {
             self.align_files()?;
             self.has_drifted = false;
             self.ask_proxy();
         }
-        Ok(())
+        Ok(differed)
     }
 
     fn hear_of_proxy(&mut self, ready: Ready) {
@@ -350,6 +362,17 @@ impl Daemon {
         }
     }
 
+    fn measure(&mut self) -> Result<metrics::Measured, Error> {
+        let status = self.status()?;
+        let ready = match self.mode {
+            // There the kernel sees for itself, and nobody else asks.
+            Mode::Ebpf => watch::is_ready(&self.config.proxy, &mut self.workloads),
+            Mode::Nftables | Mode::Hosts => self.proxy_ready,
+        };
+        let (watchers, dropped) = self.watchers.count();
+        Ok(metrics::Measured { status, ready, watchers, dropped, tally: self.tally.clone() })
+    }
+
     /// Makes another state the one that holds: on disk first, so that a crash leaves more wanted than done, never
     /// the reverse; back again where the kernel refuses.
     fn commit(&mut self, next: State) -> Result<(), Error> {
@@ -375,10 +398,18 @@ impl Daemon {
         }
     }
 
+    /// Makes kernel and host agree with a state. True where something was changed.
+    fn apply(&mut self, state: &State) -> Result<bool, Error> {
+        let began = Instant::now();
+        let outcome = self.bring_about(state);
+        self.tally.applied(&outcome, began.elapsed());
+        outcome
+    }
+
     /// What is desired is looked up under the lock, and anew where a service is attached to a cgroup that it is not known
     /// to be in: a unit that has just attached itself would else be taken for one that is where it was before, or nowhere.
     /// Whose a connection is shall be known before the first one is steered.
-    fn apply(&mut self, state: &State) -> Result<(), Error> {
+    fn bring_about(&mut self, state: &State) -> Result<bool, Error> {
         let held = lock::kernel(&self.config.paths.run)?;
         let desired = self.desired(state, &held)?;
         self.publish(origins::Snapshot::from(&desired));
@@ -388,11 +419,11 @@ impl Daemon {
         if !desired.services.is_empty() {
             self.journal.note([self.steering.clone()])?;
         }
-        self.redirect.apply(&desired)?;
+        let changed = self.redirect.apply(&desired)?;
         if desired.services.is_empty() && self.journal.noted().contains(&self.steering) {
             self.forget_steering()?;
         }
-        Ok(())
+        Ok(changed)
     }
 
     /// What has to stay for connections that live on is forgotten when they have ended.
@@ -455,9 +486,32 @@ impl Daemon {
     }
 }
 
-fn answer<T>(reply: Reply<T>, result: Result<T, Error>) {
-    if let Err(error) = &result {
-        tracing::warn!("{error}");
+/// Answers those who asked, and counts what could not be done.
+struct Answer<'d>(&'d metrics::Tally);
+
+impl Answer<'_> {
+    fn give<T>(&self, reply: Reply<T>, result: Result<T, Error>) {
+        if let Err(error) = &result {
+            tracing::warn!("{error}");
+            self.0.failed(error.kind());
+        }
+        let _the_caller_may_be_gone = reply.send(result);
     }
-    let _the_caller_may_be_gone = reply.send(result);
+}
+
+impl Error {
+    /// One word, for counting.
+    fn kind(&self) -> &'static str {
+        match self {
+            Self::Plan(_) => "policy",
+            Self::Mode(_) => "mode",
+            Self::Redirect(_) => "redirect",
+            Self::State(_) => "state",
+            Self::Lock(_) => "lock",
+            Self::DropIn { .. } | Self::Hook { .. } => "hook",
+            Self::Io { .. } => "io",
+            // What was asked for makes no sense here.
+            _ => "request",
+        }
+    }
 }

@@ -144,6 +144,8 @@ struct Shared {
     snapshot: Arc<Snapshot>,
     /// Whether the daemon stops.
     ended: bool,
+    /// What watchers were not told, all of them together.
+    dropped: u64,
 }
 
 #[derive(Debug)]
@@ -182,6 +184,13 @@ impl Watchers {
     /// Whether anybody watches.
     pub(crate) fn are_any(&self) -> bool {
         self.shared().watchers.iter().any(Watcher::is_there)
+    }
+
+    /// How many watch, and how much they were not told since the daemon started.
+    pub(crate) fn count(&self) -> (u64, u64) {
+        let mut shared = self.shared();
+        shared.watchers.retain(Watcher::is_there);
+        (shared.watchers.len() as u64, shared.dropped)
     }
 
     /// Says what decisions are explained by from now on.
@@ -226,13 +235,16 @@ impl Watchers {
         let service = decision.service.clone();
         let line = line(&Watched::Decision(decision));
         let wanting = shared.watchers.iter_mut().filter(|watcher| watcher.wants(&service));
-        wanting.for_each(|watcher| watcher.tell(time_ns, &line));
+        let told = wanting.map(|watcher| watcher.tell(time_ns, &line));
+        shared.dropped += told.filter(|told| !told).count() as u64;
     }
 
     /// Tells everybody how many decisions they were not told, the hooks' among them: `more`, of some of the services that
     /// are watched.
     fn tell_dropped(&self, more: u64) {
-        self.shared().watchers.iter_mut().for_each(|watcher| watcher.tell_dropped(more));
+        let mut shared = self.shared();
+        shared.dropped += more * shared.watchers.len() as u64;
+        shared.watchers.iter_mut().for_each(|watcher| watcher.tell_dropped(more));
     }
 
     fn shared(&self) -> MutexGuard<'_, Shared> {
@@ -249,9 +261,10 @@ impl Watcher {
         self.watch.services.is_empty() || self.watch.services.contains(service)
     }
 
-    fn tell(&mut self, time_ns: u64, line: &Bytes) {
+    fn tell(&mut self, time_ns: u64, line: &Bytes) -> bool {
         let told = self.limit.allows(self.watch.rate, time_ns) && self.lines.try_send(line.clone()).is_ok();
         self.dropped += u64::from(!told);
+        told
     }
 
     fn tell_dropped(&mut self, more: u64) {

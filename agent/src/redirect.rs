@@ -55,8 +55,8 @@ impl Redirect {
         }
     }
 
-    /// Makes the kernel steer what is desired and nothing else. May be repeated.
-    pub(crate) fn apply(&mut self, desired: &Desired) -> Result<(), Error> {
+    /// Makes the kernel steer what is desired and nothing else. May be repeated. True where something was changed.
+    pub(crate) fn apply(&mut self, desired: &Desired) -> Result<bool, Error> {
         match self {
             Self::Ebpf(ebpf) => Ok(ebpf.apply(desired)?),
             Self::Nftables(nftables) => Ok(nftables.apply(desired)?),

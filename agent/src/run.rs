@@ -6,6 +6,7 @@ use crate::{
     confine,
     daemon::{Daemon, Request},
     decisions::{self, Watchers},
+    exporter::{self, Exporter},
     http,
     journal::{Artefact, Journal},
     lock,
@@ -18,6 +19,7 @@ use crate::{
 use anyhow::{Context as _, bail};
 use std::{
     fs, future,
+    net::SocketAddr,
     path::{Path, PathBuf},
     sync::{Arc, mpsc},
     thread,
@@ -29,7 +31,7 @@ use tokio::{
 
 /// Runs it until it is told to stop.
 pub(crate) fn run(config: Config, file: Option<PathBuf>) -> anyhow::Result<()> {
-    let paths = config.paths.clone();
+    let (paths, metrics) = (config.paths.clone(), config.metrics);
     let mut journal = Journal::new(&paths.state);
     journal.note([Artefact::Run { dir: paths.run.clone() }])?;
     let _only_one = lock::daemon(&paths.run)?;
@@ -67,7 +69,7 @@ pub(crate) fn run(config: Config, file: Option<PathBuf>) -> anyhow::Result<()> {
     let mind = thread::Builder::new().name("daemon".to_owned()).spawn(move || daemon.run(&received))?;
     runtime.block_on(async {
         let origins = origins_server(mode, &paths.run, snapshots, Workloads::new(cgroup_root));
-        serve_until_told_to_stop(&paths.run, requests.clone(), origins).await
+        serve_until_told_to_stop(&paths.run, requests.clone(), origins, metrics).await
     })?;
     watchers.end();
     let _already_stopped = requests.send(Request::Stop);
@@ -117,6 +119,7 @@ async fn serve_until_told_to_stop(
     run: &Path,
     requests: mpsc::Sender<Request>,
     origins: Option<OriginsServer>,
+    metrics: Option<SocketAddr>,
 ) -> anyhow::Result<()> {
     let socket = run.join("agent.sock");
     let listener = http::bind(&socket).with_context(|| format!("bind {}", socket.display()))?;
@@ -128,11 +131,19 @@ async fn serve_until_told_to_stop(
             None => future::pending().await,
         }
     };
+    let exporter = Arc::new(Exporter::new(requests.clone()));
+    let serve_metrics = async {
+        match metrics {
+            Some(address) => exporter::serve(address, Arc::clone(&exporter)).await,
+            None => future::pending().await,
+        }
+    };
     // Where no service manager listens there is nobody to tell.
     let _no_manager = sd_notify::notify(&[sd_notify::NotifyState::Ready]);
     tracing::info!(socket = %socket.display(), "ready");
     tokio::select! {
-        () = server::serve(listener, requests.clone()) => {}
+        () = server::serve(listener, requests.clone(), Arc::clone(&exporter)) => {}
+        () = serve_metrics => {}
         () = reload_on(hangup, requests) => {}
         () = serve_origins => {}
         _ = terminate.recv() => {}

@@ -5,7 +5,8 @@ use crate::{
     config::check_name,
     daemon::{self, Request},
     decisions::Lines,
-    http::{self, json, refuse},
+    exporter::Exporter,
+    http::{self, Place, Places, json, refuse},
     plan::PlanError,
 };
 use bytes::Bytes;
@@ -15,81 +16,55 @@ use hyper::{
     body::{Body as _, Incoming},
     header::{CONTENT_TYPE, HeaderValue},
     http::request::Parts,
-    service::service_fn,
 };
-use hyper_util::rt::{TokioIo, TokioTimer};
 use serde::{Serialize, de::DeserializeOwned};
 use std::{
     collections::BTreeSet,
-    convert::Infallible,
-    future,
-    sync::{
-        Arc,
-        atomic::{AtomicBool, Ordering},
-        mpsc::Sender,
-    },
+    sync::{Arc, mpsc::Sender},
     time::Duration,
 };
 use tokio::{
     net::{UnixListener, UnixStream},
-    sync::{Semaphore, oneshot},
-    time::sleep,
+    sync::oneshot,
+    time::timeout,
 };
 
-/// Callers at once; further ones wait.
-const MAX_CONNECTIONS: usize = 64;
+/// Callers at once that are waited for; as many again may wait for their answers.
+const MAX_CALLERS: usize = 64;
 /// Bytes of a request's body: as many services as can be enabled, by their longest names.
 const MAX_BODY: usize = 512 << 10;
-/// Bytes of a request's head.
-const MAX_HEAD: usize = 8 << 10;
-/// How long a caller may take for its request, and for all of it unless it watches.
-const HEAD_TIMEOUT: Duration = Duration::from_secs(5);
-const CONNECTION_TIMEOUT: Duration = Duration::from_secs(120);
+/// How long a caller may take for it, and for everything.
+const BODY_TIMEOUT: Duration = Duration::from_secs(5);
+const CALL_TIMEOUT: Duration = Duration::from_secs(120);
 
 /// Serves until the task is dropped.
-pub(crate) async fn serve(listener: UnixListener, requests: Sender<Request>) {
-    let places = Arc::new(Semaphore::new(MAX_CONNECTIONS));
+pub(crate) async fn serve(listener: UnixListener, requests: Sender<Request>, exporter: Arc<Exporter>) {
+    let places = Places::new(MAX_CALLERS);
     loop {
-        let Ok(place) = Arc::clone(&places).acquire_owned().await else { return };
-        let stream = http::accept(&listener).await;
-        let requests = requests.clone();
-        tokio::spawn(async move {
-            connection(stream, requests).await;
-            drop(place);
-        });
+        let place = places.take().await;
+        let stream = http::accept(async || listener.accept().await).await;
+        let (requests, exporter) = (requests.clone(), Arc::clone(&exporter));
+        tokio::spawn(async move { connection(stream, &place, &requests, &exporter).await });
+        http::give_others_a_turn().await;
     }
 }
 
-async fn connection(stream: UnixStream, requests: Sender<Request>) {
+async fn connection(stream: UnixStream, place: &Place, requests: &Sender<Request>, exporter: &Exporter) {
     let Ok(peer) = stream.peer_cred() else { return };
     // The file's mode says the same; this holds also where somebody changed it.
     if peer.uid() != 0 {
         tracing::warn!(uid = peer.uid(), pid = peer.pid(), "a caller that is not root was turned away");
         return;
     }
-    let watches = AtomicBool::new(false);
-    let service = service_fn(|request| {
-        let (requests, watches) = (requests.clone(), &watches);
-        async move { Ok::<_, Infallible>(respond(request, peer.pid(), &requests, watches).await) }
-    });
-    let mut builder = hyper::server::conn::http1::Builder::new();
-    builder
-        .timer(TokioTimer::new())
-        .header_read_timeout(HEAD_TIMEOUT)
-        .max_buf_size(MAX_HEAD)
-        .keep_alive(false);
-    let time_is_up = async {
-        sleep(CONNECTION_TIMEOUT).await;
-        if watches.load(Ordering::Relaxed) {
-            future::pending::<()>().await;
-        }
-    };
-    tokio::select! {
-        served = builder.serve_connection(TokioIo::new(stream), service) => {
-            served.unwrap_or_else(|error| tracing::debug!("control socket: {error}"));
-        }
-        () = time_is_up => tracing::debug!("control socket: a caller took too long"),
-    }
+    let mind = Mind { requests, place };
+    http::serve(stream, CALL_TIMEOUT, place, |request| respond(request, peer.pid(), mind, exporter)).await;
+}
+
+/// The daemon's mind, as a caller reaches it.
+#[derive(Clone, Copy)]
+struct Mind<'c> {
+    requests: &'c Sender<Request>,
+    place: &'c Place,
 }
 
 /// A document, or lines without an end.
@@ -98,16 +73,16 @@ type Answer = Response<Either<Full<Bytes>, Lines>>;
 async fn respond(
     request: hyper::Request<Incoming>,
     pid: Option<i32>,
-    requests: &Sender<Request>,
-    watches: &AtomicBool,
+    mind: Mind<'_>,
+    exporter: &Exporter,
 ) -> Answer {
     let (head, body) = request.into_parts();
     if (&head.method, head.uri.path()) != (&Method::GET, "/v1/watch") {
-        return answer(&head, body, pid, requests).await.map(Either::Left);
+        return answer(&head, body, pid, mind, exporter).await.map(Either::Left);
     }
-    match watch(head.uri.query().unwrap_or_default(), requests).await {
+    match watch(head.uri.query().unwrap_or_default(), mind).await {
         Ok(lines) => {
-            watches.store(true, Ordering::Relaxed);
+            mind.place.keep();
             let mut response = Response::new(Either::Right(lines));
             response.headers_mut().insert(CONTENT_TYPE, HeaderValue::from_static("application/jsonl"));
             response
@@ -116,9 +91,9 @@ async fn respond(
     }
 }
 
-async fn watch(query: &str, requests: &Sender<Request>) -> Result<Lines, Response<Full<Bytes>>> {
+async fn watch(query: &str, mind: Mind<'_>) -> Result<Lines, Response<Full<Bytes>>> {
     let watch = asked(query).map_err(|error| refuse(StatusCode::BAD_REQUEST, &error))?;
-    wait(requests, |reply| Request::Watch(watch, reply)).await
+    mind.wait(|reply| Request::Watch(watch, reply)).await
 }
 
 /// What is to be watched; else what is wrong with it.
@@ -149,51 +124,54 @@ async fn answer(
     head: &Parts,
     body: Incoming,
     pid: Option<i32>,
-    requests: &Sender<Request>,
+    mind: Mind<'_>,
+    exporter: &Exporter,
 ) -> Response<Full<Bytes>> {
     let parts: Vec<&str> = head.uri.path().trim_start_matches('/').split('/').collect();
     match (&head.method, &parts[..]) {
-        (&Method::GET, ["v1", "status"]) => ask(requests, Request::Status).await,
+        (&Method::GET, ["metrics"]) => mind.place.while_busy(exporter.respond()).await,
+        (&Method::GET, ["v1", "status"]) => mind.ask(Request::Status).await,
         (_, ["v1", "services", name, ..]) if check_name(name).is_err() => {
             refuse(StatusCode::BAD_REQUEST, &check_name(name).err().unwrap_or_default())
         }
         (&Method::POST, ["v1", "enable"]) => match read(body).await {
-            Ok(change) => ask(requests, |reply| Request::Enable(change, reply)).await,
+            Ok(change) => mind.ask(|reply| Request::Enable(change, reply)).await,
             Err(error) => refuse(StatusCode::BAD_REQUEST, &error),
         },
         (&Method::POST, ["v1", "disable"]) => match read(body).await {
-            Ok(change) => ask(requests, |reply| Request::Disable(change, reply)).await,
+            Ok(change) => mind.ask(|reply| Request::Disable(change, reply)).await,
             Err(error) => refuse(StatusCode::BAD_REQUEST, &error),
         },
         (&Method::POST, ["v1", "connections"]) => match read(body).await {
-            Ok(asked) => ask(requests, |reply| Request::Connections(asked, reply)).await,
+            Ok(asked) => mind.ask(|reply| Request::Connections(asked, reply)).await,
             Err(error) => refuse(StatusCode::BAD_REQUEST, &error),
         },
         (&Method::POST, ["v1", "reload"]) => match read_or_default(body).await {
-            Ok(reload) => ask(requests, |reply| Request::Reload(reload, reply)).await,
+            Ok(reload) => mind.ask(|reply| Request::Reload(reload, reply)).await,
             Err(error) => refuse(StatusCode::BAD_REQUEST, &error),
         },
         (&Method::POST, ["v1", "services", name, "commands"]) => match pid {
-            Some(pid) => ask(requests, |reply| Request::Join((*name).to_owned(), pid, reply)).await,
+            Some(pid) => mind.ask(|reply| Request::Join((*name).to_owned(), pid, reply)).await,
             None => refuse(StatusCode::BAD_REQUEST, "the kernel does not tell who is calling"),
         },
         (&Method::POST, ["v1", "services", name, "processes"]) => match read::<api::Process>(body).await {
             Ok(api::Process { pid }) => {
-                ask(requests, |reply| Request::Adopt((*name).to_owned(), pid, reply)).await
+                mind.ask(|reply| Request::Adopt((*name).to_owned(), pid, reply)).await
             }
             Err(error) => refuse(StatusCode::BAD_REQUEST, &error),
         },
         (&Method::POST, ["v1", "services", name, "cgroups"]) => match process(body, pid).await {
-            Ok(pid) => ask(requests, |reply| Request::Attach((*name).to_owned(), pid, reply)).await,
+            Ok(pid) => mind.ask(|reply| Request::Attach((*name).to_owned(), pid, reply)).await,
             Err(error) => refuse(StatusCode::BAD_REQUEST, &error),
         },
         (&Method::POST, ["v1", "proxy", "cgroups"]) => match pid {
-            Some(pid) => ask(requests, |reply| Request::AttachProxy(pid, reply)).await,
+            Some(pid) => mind.ask(|reply| Request::AttachProxy(pid, reply)).await,
             None => refuse(StatusCode::BAD_REQUEST, "the kernel does not tell who is calling"),
         },
         (
             _,
-            ["v1", "status" | "enable" | "disable" | "connections" | "reload" | "watch"]
+            ["metrics"]
+            | ["v1", "status" | "enable" | "disable" | "connections" | "reload" | "watch"]
             | ["v1", "proxy", "cgroups"]
             | ["v1", "services", _, "commands" | "cgroups" | "processes"],
         ) => refuse(StatusCode::METHOD_NOT_ALLOWED, "this path does not know this method"),
@@ -215,31 +193,34 @@ async fn read_or_default<T: DeserializeOwned + Default>(body: Incoming) -> Resul
 }
 
 async fn read<T: DeserializeOwned>(body: Incoming) -> Result<T, String> {
-    let body =
-        Limited::new(body, MAX_BODY).collect().await.map_err(|error| format!("read the body: {error}"))?;
+    let whole = timeout(BODY_TIMEOUT, Limited::new(body, MAX_BODY).collect()).await;
+    let whole = whole.map_err(|_| format!("read the body: it did not come within {BODY_TIMEOUT:?}"))?;
+    let body = whole.map_err(|error| format!("read the body: {error}"))?;
     serde_json::from_slice(&body.to_bytes()).map_err(|error| format!("read the body: {error}"))
 }
 
-async fn ask<T: Serialize>(
-    requests: &Sender<Request>,
-    request: impl FnOnce(daemon::Reply<T>) -> Request,
-) -> Response<Full<Bytes>> {
-    wait(requests, request).await.map_or_else(|refusal| refusal, |value| json(StatusCode::OK, &value))
-}
+impl Mind<'_> {
+    async fn ask<T: Serialize>(
+        self,
+        request: impl FnOnce(daemon::Reply<T>) -> Request,
+    ) -> Response<Full<Bytes>> {
+        self.wait(request).await.map_or_else(|refusal| refusal, |value| json(StatusCode::OK, &value))
+    }
 
-/// What the daemon answers, or how it refuses.
-async fn wait<T>(
-    requests: &Sender<Request>,
-    request: impl FnOnce(daemon::Reply<T>) -> Request,
-) -> Result<T, Response<Full<Bytes>>> {
-    let stopping = || refuse(StatusCode::SERVICE_UNAVAILABLE, "the daemon is stopping");
-    let (reply, answer) = oneshot::channel();
-    requests.send(request(reply)).map_err(|_| stopping())?;
-    let answer = answer.await.map_err(|_| stopping())?;
-    answer.map_err(|error| {
-        let programs = error.programs();
-        json(status_of(&error), &api::Refusal { error: error.to_string(), programs })
-    })
+    /// What the daemon answers, or how it refuses.
+    async fn wait<T>(
+        self,
+        request: impl FnOnce(daemon::Reply<T>) -> Request,
+    ) -> Result<T, Response<Full<Bytes>>> {
+        let stopping = || refuse(StatusCode::SERVICE_UNAVAILABLE, "the daemon is stopping");
+        let (reply, answer) = oneshot::channel();
+        self.requests.send(request(reply)).map_err(|_| stopping())?;
+        let answer = self.place.while_busy(answer).await.map_err(|_| stopping())?;
+        answer.map_err(|error| {
+            let programs = error.programs();
+            json(status_of(&error), &api::Refusal { error: error.to_string(), programs })
+        })
+    }
 }
 
 fn status_of(error: &daemon::Error) -> StatusCode {

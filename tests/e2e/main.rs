@@ -76,6 +76,7 @@ mod hosts;
 mod listener;
 mod liveness;
 mod maps;
+mod metrics;
 mod names;
 mod nftables;
 mod origins;

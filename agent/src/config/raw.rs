@@ -15,6 +15,7 @@ pub(super) struct RawConfig {
     pub(super) mode: Option<RawMode>,
     pub(super) paths: RawPaths,
     pub(super) proxy: RawProxy,
+    pub(super) metrics: Option<Spanned<SocketAddr>>,
     pub(super) failure: Option<Failure>,
     pub(super) capture: Option<Spanned<RawCapture>>,
     pub(super) services: BTreeMap<Name, RawService>,

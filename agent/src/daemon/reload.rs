@@ -100,7 +100,7 @@ impl Daemon {
         self.put(former);
         let saved = self.file.save(&self.state).map_err(Error::from);
         let applied = saved.and_then(|()| self.apply(&self.state.clone()));
-        let back = applied.and_then(|()| self.align_files()).err();
+        let back = applied.and_then(|_| self.align_files()).err();
         Error::NotReloaded { cause: Box::new(cause), back: back.map(Box::new) }
     }
 
@@ -147,6 +147,12 @@ fn refuse_what_is_fixed(now: &Config, next: &Config) -> Result<(), Error> {
             "{} cannot change while the daemon runs, and nothing has changed; with the former file stop the daemon (`systemctl stop mesh-redirect`) and run `mesh-redirect cleanup`, then start it with the new one",
             paths.join(", ")
         )));
+    }
+    if now.metrics != next.metrics {
+        return Err(Error::Fixed(
+            "metrics cannot change while the daemon runs, and nothing has changed; restart it (`systemctl restart mesh-redirect`)"
+                .to_owned(),
+        ));
     }
     if now.mode != next.mode {
         return Err(Error::Fixed(

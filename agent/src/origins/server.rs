@@ -66,7 +66,7 @@ impl OriginsServer {
     pub(crate) async fn serve(self) {
         let places = Arc::new(Semaphore::new(MAX_CONNECTIONS));
         loop {
-            let stream = http::accept(&self.listener).await;
+            let stream = http::accept(async || self.listener.accept().await).await;
             // Strangers take nobody's place.
             if !self.admits(&stream) {
                 continue;

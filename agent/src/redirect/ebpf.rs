@@ -86,11 +86,13 @@ impl Ebpf {
     /// Makes the kernel steer what is desired and nothing else.
     ///
     /// May be repeated, and goes on from wherever an earlier call was killed. Cgroups that vanished meanwhile are not
-    /// errors. Where another version steers, this one takes its place: the other one goes when all else is done.
-    pub(crate) fn apply(&mut self, desired: &Desired) -> Result<(), Error> {
+    /// errors. Where another version steers, this one takes its place: the other one goes when all else is done. True where
+    /// something was changed.
+    pub(crate) fn apply(&mut self, desired: &Desired) -> Result<bool, Error> {
         if desired.services.is_empty() {
             self.loader.get_or_insert_with(|| Box::new(object::loader()));
-            return self.remove();
+            let was_there = !self.pins.all()?.is_empty();
+            return self.remove().map(|()| was_there);
         }
         let others = self.pins.others()?;
         if !self.loaded {
@@ -104,6 +106,7 @@ impl Ebpf {
         let mut maps = Maps::open(&self.pins)?;
         let mut scopes = Scopes::open(&self.pins)?;
         let mut hooks = Hooks::default();
+        let mut changed = false;
         if let Some(cgroup) = &desired.proxy {
             let anew = match attach(&self.pins, &mut hooks, Owner::Proxy, cgroup, &programs::PROXY) {
                 Err(Error::Gone { .. }) => false,
@@ -114,15 +117,17 @@ impl Ebpf {
             if (anew || takes_over) && cgroup.is_populated() && !ready::says_ready(self.proxy_admin) {
                 thread::sleep(TWO_HEARTBEATS);
             }
+            changed |= anew;
         }
         for service in &desired.services {
-            self.written.write(&mut maps, service)?;
-            self.attach_all(&mut hooks, &mut scopes, service)?;
+            changed |= self.written.write(&mut maps, service)?;
+            changed |= self.attach_all(&mut hooks, &mut scopes, service)?;
         }
-        self.written.write_virtual(&mut maps, &desired.virtual_addresses)?;
-        self.detach_others(desired)?;
+        changed |= self.written.write_virtual(&mut maps, &desired.virtual_addresses)?;
+        changed |= self.detach_others(desired)?;
         self.written.prune(&mut maps, desired)?;
-        self.retiring.go_on(&others)
+        self.retiring.go_on(&others)?;
+        Ok(changed)
     }
 
     /// Whether a service, or the proxy, is attached to a cgroup that is there and not desired for it.
@@ -229,8 +234,14 @@ impl Ebpf {
         object::ids(&self.pins)
     }
 
-    fn attach_all(&mut self, hooks: &mut Hooks, scopes: &mut Scopes, service: &Service) -> Result<(), Error> {
-        let programs = programs_of(service);
+    /// True where a cgroup was not attached to.
+    fn attach_all(
+        &mut self,
+        hooks: &mut Hooks,
+        scopes: &mut Scopes,
+        service: &Service,
+    ) -> Result<bool, Error> {
+        let (programs, mut anew) = (programs_of(service), false);
         for cgroup in &service.scopes {
             let scope = pins::Scope { owner: Owner::Service(service.id), cgroup: cgroup.id };
             if self.attached.contains(&scope) {
@@ -241,21 +252,19 @@ impl Ebpf {
                 self.pins.remove_links(scope, &programs::DATAGRAM)?;
             }
             if absent_is_fine(attached)? {
-                self.attached.insert(scope);
+                anew |= self.attached.insert(scope);
             }
         }
-        Ok(())
+        Ok(anew)
     }
 
-    /// Detaches from what is no longer desired.
-    fn detach_others(&mut self, desired: &Desired) -> Result<(), Error> {
+    /// Detaches from what is no longer desired. True where there was something.
+    fn detach_others(&mut self, desired: &Desired) -> Result<bool, Error> {
         let wanted = wanted_scopes(desired);
-        for scope in self.pins.scopes()? {
-            if !wanted.contains(&scope) {
-                self.pins.remove_scope(scope)?;
-            }
-        }
-        Ok(())
+        let present = self.pins.scopes()?;
+        let others: Vec<&pins::Scope> = present.iter().filter(|scope| !wanted.contains(scope)).collect();
+        others.iter().try_for_each(|scope| self.pins.remove_scope(**scope))?;
+        Ok(!others.is_empty())
     }
 }
 

@@ -56,19 +56,24 @@ impl Hosts {
         self.proxy_admin = admin;
     }
 
-    /// Takes note of what is desired; the names come with the proxy.
-    pub(crate) fn apply(&mut self, desired: &Desired) -> Result<(), Error> {
+    /// Takes note of what is desired; the names come with the proxy. True where the file was changed.
+    pub(crate) fn apply(&mut self, desired: &Desired) -> Result<bool, Error> {
         let steered: Vec<_> = desired.services.iter().filter(|service| !service.observe).collect();
         self.wanted = !steered.is_empty();
         self.closed = self.wanted && steered.iter().all(|service| service.failure == Failure::Closed);
-        if self.wanted { Ok(()) } else { self.remove() }
+        if self.wanted { Ok(false) } else { self.remove_names() }
     }
 
     /// Removes the names, and what a killed process left beside the file.
     pub(crate) fn remove(&mut self) -> Result<(), Error> {
+        self.remove_names().map(drop)
+    }
+
+    /// True where there were some.
+    fn remove_names(&self) -> Result<bool, Error> {
         durable::unlink(&next(&self.file)).map_err(self.failed("clean up beside"))?;
         match self.edit(document::without) {
-            Err(Error::File { cause, .. }) if cause.kind() == io::ErrorKind::NotFound => Ok(()),
+            Err(Error::File { cause, .. }) if cause.kind() == io::ErrorKind::NotFound => Ok(false),
             edited => edited,
         }
     }
@@ -171,18 +176,19 @@ impl Hosts {
         open().map_err(self.failed("read"))
     }
 
-    /// Changes the file, whole or not at all, and not where nothing changes.
-    fn edit(&self, change: impl FnOnce(&[u8]) -> Vec<u8>) -> Result<(), Error> {
+    /// Changes the file, whole or not at all, and not where nothing changes. True where it was changed.
+    fn edit(&self, change: impl FnOnce(&[u8]) -> Vec<u8>) -> Result<bool, Error> {
         let (file, text) = self.open()?;
         let changed = change(&text);
         if changed == text {
-            return Ok(());
+            return Ok(false);
         }
         let _held = Flock::lock(file, FlockArg::LockExclusive)
             .map_err(|(_, errno)| self.failed("lock")(errno.into()))?;
         replace(&self.file, &changed)
             .or_else(|_| overwrite(&self.file, &changed))
-            .map_err(self.failed("write"))
+            .map_err(self.failed("write"))?;
+        Ok(true)
     }
 
     fn failed(&self, action: &'static str) -> impl Fn(io::Error) -> Error {

@@ -82,25 +82,25 @@ impl Nftables {
         }
     }
 
-    /// Makes the kernel steer what is desired and nothing else: all of it, or nothing is changed.
+    /// Makes the kernel steer what is desired and nothing else: all of it, or nothing is changed. True where something was.
     ///
     /// With nothing desired the table goes, but not before the last connection that was steered: with the last rule that
     /// translates in a network namespace the kernel ends all translation there.
-    pub(crate) fn apply(&mut self, desired: &Desired) -> Result<(), Error> {
+    pub(crate) fn apply(&mut self, desired: &Desired) -> Result<bool, Error> {
         self.proxy_ports.extend(desired.services.iter().map(|service| service.proxy_port));
         let ruleset = Ruleset::new(desired, &self.cgroup_root);
         let committed = self.committed.take();
         let found = self.kernel()?.fingerprint()?;
         let is_needed = !desired.services.is_empty() || found.is_some() && self.are_connected()?;
         if !is_needed {
-            return self.remove();
+            return self.remove_table();
         }
         // The fingerprint says nothing of what was changed beside it.
         let found = found.filter(|_| !self.is_changed);
         let kernel = self.kernel()?;
         if found == Some(ruleset.fingerprint()) {
             self.committed = Some(ruleset);
-            return Ok(());
+            return Ok(false);
         }
         let known = committed.filter(|known| found == Some(known.fingerprint()));
         let change = known.and_then(|known| message::change(&known, &ruleset));
@@ -111,7 +111,7 @@ impl Nftables {
         fault::point("table", "changed");
         self.committed = Some(ruleset);
         self.is_changed = false;
-        Ok(())
+        Ok(true)
     }
 
     /// Whether a connection is open that may be steered.
@@ -130,14 +130,18 @@ impl Nftables {
 
     /// Removes the table. Connections that were steered end, unless something else translates addresses here.
     pub(crate) fn remove(&mut self) -> Result<(), Error> {
+        self.remove_table().map(drop)
+    }
+
+    /// True where there was one.
+    fn remove_table(&mut self) -> Result<bool, Error> {
         let kernel = self.kernel()?;
-        let present = kernel.present()?;
-        if present == message::Present::default() {
-            return Ok(());
+        let is_there = kernel.present()? != message::Present::default();
+        if is_there {
+            kernel.commit(message::remove())?;
+            fault::point("table", "removed");
         }
-        kernel.commit(message::remove())?;
-        fault::point("table", "removed");
-        Ok(())
+        Ok(is_there)
     }
 
     /// Says for what the proxy is there and well; has to be repeated within three seconds.

@@ -22,11 +22,11 @@ pub(super) struct Written {
 }
 
 impl Written {
-    /// Writes a service, and its policy unless another service has it too.
-    pub(super) fn write(&mut self, maps: &mut Maps, service: &Service) -> Result<(), Error> {
+    /// Writes a service, and its policy unless another service has it too. True where it was not written before.
+    pub(super) fn write(&mut self, maps: &mut Maps, service: &Service) -> Result<bool, Error> {
         let policy = Service { scopes: Vec::new(), ..service.clone() };
         if self.services.get(&service.id).is_some_and(|(written, _)| *written == policy) {
-            return Ok(());
+            return Ok(false);
         }
         let known = self.policies.iter().find(|(_, entries)| **entries == service.entries);
         let number = match known {
@@ -43,7 +43,7 @@ impl Written {
         };
         maps.write_service(service, number)?;
         self.services.insert(service.id, (policy, number));
-        Ok(())
+        Ok(true)
     }
 
     /// Services of which an entry, or a policy's, is not there as it was written. They are written anew.
@@ -69,17 +69,18 @@ impl Written {
         differing.into_iter().map(|(_, name)| name).collect()
     }
 
-    /// Makes virtual addresses lead where they shall.
+    /// Makes virtual addresses lead where they shall. True where they did not, as far as this process knows.
     pub(super) fn write_virtual(
         &mut self,
         maps: &mut Maps,
         wanted: &BTreeMap<IpAddr, SocketAddr>,
-    ) -> Result<(), Error> {
-        if self.virtual_addresses.as_ref() != Some(wanted) {
+    ) -> Result<bool, Error> {
+        let is_new = self.virtual_addresses.as_ref() != Some(wanted);
+        if is_new {
             maps.set_virtual(wanted)?;
             self.virtual_addresses = Some(wanted.clone());
         }
-        Ok(())
+        Ok(is_new)
     }
 
     /// Removes what is no longer desired from the maps: the first time whatever is in them.
