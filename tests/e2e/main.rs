@@ -73,6 +73,7 @@ mod faults;
 mod foreign;
 mod harness;
 mod hosts;
+mod json;
 mod listener;
 mod liveness;
 mod maps;
