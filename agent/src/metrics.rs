@@ -307,6 +307,6 @@ mod tests {
 
     #[test]
     fn where_nothing_is_counted_no_count_is_told() {
-        assert!(!measured(Mode::Hosts).encode().unwrap().contains("decisions"));
+        assert!(!measured(Mode::Hosts).encode().unwrap().contains("mesh_redirect_decisions"));
     }
 }
