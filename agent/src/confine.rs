@@ -35,7 +35,7 @@ pub(crate) enum ConfineError {
 pub(crate) fn daemon(paths: &Paths, mode: Mode, cgroup_root: &Path) -> Result<(), ConfineError> {
     // Without it only those who are privileged anyway may confine themselves.
     prctl::set_no_new_privs().map_err(ConfineError::NewPrivileges)?;
-    files::make(paths)?;
+    files::make(paths, mode)?;
     if !files::confine(&files::areas(paths, mode, cgroup_root))? {
         tracing::warn!(
             "not confined by landlock, which is not to be had here: the daemon may write where root may"

@@ -138,7 +138,7 @@ fn cleanup_needs_no_configuration(sandbox: &Sandbox) {
     run(&["check"]).run();
     let before = Snapshot::of(sandbox);
     let mut daemon = run(&["run"]).serve(sandbox.path("agent.log"));
-    daemon.wait_until(|_| run(&["status"]).run().succeeded());
+    daemon.wait_until(|_| run(&["status"]).run().has_status());
     run(&["enable", "shop", "till"]).run().ok();
     assert!(sandbox.path("units/till.service.d/50-mesh-redirect.conf").exists());
     daemon.signal(nix::sys::signal::Signal::SIGKILL);
@@ -307,7 +307,7 @@ fn a_cgroup_that_vanishes_while_it_is_attached_to_is_no_error(sandbox: &Sandbox)
         let _ = fs::remove_file(&passed);
         let daemon = Agent::program(sandbox, &["run"]).env("MESH_REDIRECT_FAULT_LOG", &passed);
         let mut daemon = daemon.env("MESH_REDIRECT_FAULT_STOP", point).serve(sandbox.path("agent.log"));
-        daemon.wait_until(|_| Agent::command(sandbox, &["status"]).succeeded());
+        daemon.wait_until(|_| Agent::command(sandbox, &["status"]).has_status());
         fs::write(&passed, "").expect("arm the points");
         let enabling = Agent::program(sandbox, &["enable", "shop"]).begin();
         eventually("the daemon has stopped", SOON, || {
@@ -382,7 +382,7 @@ impl<'s> WithUnits<'s> {
         ["till", "register"].iter().for_each(|unit| _ = sandbox.program_in(unit, "true").run().ok());
         let daemon = Self::program(sandbox, &["run"]).serve(sandbox.path("agent.log"));
         let mut with_units = Self { sandbox, daemon };
-        with_units.daemon.wait_until(|_| Self::program(sandbox, &["status"]).run().succeeded());
+        with_units.daemon.wait_until(|_| Self::program(sandbox, &["status"]).run().has_status());
         with_units
     }
 

@@ -4,7 +4,7 @@
 //! the rules are for is made beforehand, and the daemon does not remove it.
 
 use super::ConfineError;
-use crate::{config::Paths, mode::Mode, probe, workload::systemd};
+use crate::{config::Paths, mode::Mode, workload::systemd};
 use landlock::{
     ABI, AccessFs, BitFlags, CompatLevel, Compatible as _, PathBeneath, PathFd, Ruleset, RulesetAttr as _,
     RulesetCreatedAttr as _, RulesetError, RulesetStatus, Scope, make_bitflags,
@@ -35,33 +35,31 @@ pub(super) struct Area {
 }
 
 /// Makes what the rules are for, where it is not there yet.
-pub(super) fn make(paths: &Paths) -> Result<(), ConfineError> {
-    // Elsewhere nothing can be pinned.
-    let pins = probe::is_on_bpffs(&paths.pins).then_some(&paths.pins);
+pub(super) fn make(paths: &Paths, mode: Mode) -> Result<(), ConfineError> {
+    let pins = (mode == Mode::Ebpf).then_some(&paths.pins);
     [&paths.state].into_iter().chain(pins).try_for_each(|path| {
         let made = fs::DirBuilder::new().recursive(true).mode(0o700).create(path);
         made.map_err(|cause| ConfineError::Directory { path: path.clone(), cause })
     })
 }
 
-/// Where the daemon writes.
+/// Where the daemon writes. Its mode is one for its life.
 pub(super) fn areas(paths: &Paths, mode: Mode, cgroup_root: &Path) -> Vec<Area> {
     let area = |path: &Path, may| Area { path: path.to_owned(), may };
-    let hosts = match (mode, paths.hosts.parent()) {
-        (Mode::Hosts, Some(dir)) => area(dir, REPLACE),
-        // A change of mode needs no more than this; all of /etc would be much for what may never come.
-        _ => area(&paths.hosts, WRITE),
+    let steering = match mode {
+        Mode::Ebpf => Some(area(&paths.pins, OWN)),
+        Mode::Nftables => None,
+        Mode::Hosts => paths.hosts.parent().map(|dir| area(dir, REPLACE)),
     };
     let mut areas = vec![
         area(&paths.run, OWN),
         area(&paths.state, OWN),
-        area(&paths.pins, OWN),
         area(Path::new(systemd::UNITS), OWN),
         area(cgroup_root, CGROUPS),
-        hosts,
         // To where what nobody wants to read is written, also by programs that it runs.
         area(Path::new("/dev/null"), WRITE),
     ];
+    areas.extend(steering);
     areas.extend(above_hooks(&paths.hooks).map(|dir| area(dir, OWN)));
     areas
 }
@@ -107,7 +105,7 @@ mod tests {
     }
 
     #[test]
-    fn the_directory_of_the_hosts_file_is_written_to_in_its_mode_alone() {
+    fn what_a_mode_writes_is_written_in_that_mode_alone() {
         let paths = Paths {
             run: "/run/m".into(),
             state: "/var/m".into(),
@@ -119,9 +117,9 @@ mod tests {
             let areas = areas(&paths, mode, Path::new("/sys/fs/cgroup"));
             areas.into_iter().find(|area| area.path == Path::new(path)).map(|area| area.may)
         };
-        assert_eq!((may(Mode::Hosts, "/etc"), may(Mode::Hosts, "/etc/hosts")), (Some(REPLACE), None));
-        for mode in [Mode::Ebpf, Mode::Nftables] {
-            assert_eq!((may(mode, "/etc"), may(mode, "/etc/hosts")), (None, Some(WRITE)));
-        }
+        let of_mode = |mode| [may(mode, "/sys/fs/bpf/m"), may(mode, "/etc")];
+        assert_eq!(of_mode(Mode::Ebpf), [Some(OWN), None]);
+        assert_eq!(of_mode(Mode::Nftables), [None, None]);
+        assert_eq!(of_mode(Mode::Hosts), [None, Some(REPLACE)]);
     }
 }
