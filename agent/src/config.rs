@@ -221,7 +221,7 @@ impl Config {
             file: file.to_owned(),
             line: location.line(),
             column: location.column(),
-            message,
+            message: printable(&message),
         };
         let raw: RawConfig = serde_saphyr::from_str_with_options(text, options).map_err(|error| {
             at(error.location().unwrap_or(Location::UNKNOWN), strip_location(&error.to_string()))
@@ -250,6 +250,15 @@ fn read(path: &Path) -> io::Result<String> {
     }
     file.take(MAX_BYTES).read_to_string(&mut text)?;
     Ok(text)
+}
+
+/// What is quoted in a message may be anything, also what a terminal takes for a command.
+fn printable(message: &str) -> String {
+    let mut text = String::new();
+    for c in message.chars() {
+        if c.is_control() { text.extend(c.escape_debug()) } else { text.push(c) }
+    }
+    text
 }
 
 /// The parser says where once more at the end of its message.

@@ -63,7 +63,7 @@ fn parse(file: &Path, text: &str) -> Result<Config, ConfigError> {
         file: file.to_owned(),
         line: location.line(),
         column: location.column(),
-        message,
+        message: printable(&message),
     };
     let options = serde_saphyr::options! { with_snippet: false, strict_booleans: true };
     let raw: RawConfig = serde_saphyr::from_str_with_options(text, options).map_err(|error| {
@@ -73,6 +73,15 @@ fn parse(file: &Path, text: &str) -> Result<Config, ConfigError> {
         at(error.location().unwrap_or(Location::UNKNOWN), message)
     })?;
     raw.validate().map_err(|Fault { location, message }| at(location, message))
+}
+
+/// What is quoted in a message may be anything, also what a terminal takes for a command.
+fn printable(message: &str) -> String {
+    let mut text = String::new();
+    for c in message.chars() {
+        if c.is_control() { text.extend(c.escape_debug()) } else { text.push(c) }
+    }
+    text
 }
 
 fn read(file: &Path) -> io::Result<String> {

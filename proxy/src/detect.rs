@@ -25,7 +25,10 @@ pub(crate) fn protocol(bytes: &[u8]) -> Protocol {
         Ok(httparse::Status::Partial) => Protocol::Undecided,
         // What follows a CONNECT is no HTTP, and where it goes is the proxy's business that it was sent to.
         Ok(httparse::Status::Complete(_)) if request.method == Some("CONNECT") => Protocol::Opaque,
-        Ok(httparse::Status::Complete(_)) => Protocol::Http1 { host: host(&request) },
+        Ok(httparse::Status::Complete(_)) => {
+            // A value may have tabs in it (RFC 9110 §5.5), and a target any byte from 0x80 on; a host may not.
+            Protocol::Http1 { host: host(&request).filter(|host| !host.contains(char::is_control)) }
+        }
         Err(_) => Protocol::Opaque,
     }
 }
@@ -39,11 +42,7 @@ fn host(request: &httparse::Request<'_, '_>) -> Option<String> {
     }
     let mut hosts = request.headers.iter().filter(|header| header.name.eq_ignore_ascii_case("host"));
     match (hosts.next(), hosts.next()) {
-        (Some(host), None) => {
-            let value = std::str::from_utf8(host.value).ok()?.trim();
-            // A value may have tabs in it (RFC 9110 §5.5), a host may not.
-            (!value.contains(char::is_control)).then(|| value.to_owned())
-        }
+        (Some(host), None) => std::str::from_utf8(host.value).ok().map(|value| value.trim().to_owned()),
         _ => None,
     }
 }
@@ -76,6 +75,7 @@ mod tests {
     #[test]
     fn no_host_and_two_hosts_are_none() {
         assert_eq!(host_of(b"GET / HTTP/1.1\r\nHost: s\thop\r\n\r\n"), None);
+        assert_eq!(host_of("GET http://s\u{80}hop/ HTTP/1.1\r\n\r\n".as_bytes()), None);
         assert_eq!(host_of(b"GET / HTTP/1.0\r\n\r\n"), None);
         assert_eq!(host_of(b"GET / HTTP/1.1\r\nHost: a\r\nHost: b\r\n\r\n"), None);
     }

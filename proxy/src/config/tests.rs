@@ -38,6 +38,7 @@ fn hosts_and_clusters_are_read() {
 fn every_fault_is_named_with_its_place_and_what_was_expected() {
     let host = |rest: &str| format!("{GOOD}virtual_hosts:\n  - {rest}\n");
     let cases = [
+        (host("{ name: v, domains: [a], cluster: c\td }"), "3:39", "there is no cluster `c\\td`"),
         ("colour: red\n".to_owned(), "1:1", "unknown field `colour`"),
         ("listen: { port: 0 }\n".to_owned(), "1:17", "expected 1 to 65535"),
         ("listen: { port: 70000 }\n".to_owned(), "1:17", ""),
