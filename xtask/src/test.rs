@@ -4,7 +4,6 @@ use crate::{
     build::{self, PROFILE, cargo, step},
     setup,
 };
-use std::env;
 
 /// All tests, or those whose names contain `filter`.
 pub(crate) fn run(filter: Option<&str>) -> anyhow::Result<()> {
@@ -31,13 +30,9 @@ fn lints() -> anyhow::Result<()> {
     build::run(cargo(&[&clippy[..], &FEATURES, &["--", "--deny", "warnings"]].concat()))
 }
 
-/// Fuzz targets get the same inputs every time, unless another seed is given: a change is held to what it changes.
 fn unit_tests(filter: Option<&str>) -> anyhow::Result<()> {
-    const SEED: &str = "BOLERO_RANDOM_SEED";
     let test = ["test", "--workspace", "--exclude", "tests", "--locked", "--profile", PROFILE];
-    let mut command = cargo(&[&test[..], &FEATURES, &filter.map_or(vec![], |filter| vec![filter])].concat());
-    command.env(SEED, env::var_os(SEED).unwrap_or_else(|| "1".into()));
-    build::run(command)
+    build::run(cargo(&[&test[..], &FEATURES, &filter.map_or(vec![], |filter| vec![filter])].concat()))
 }
 
 fn end_to_end_tests(filter: Option<&str>) -> anyhow::Result<()> {
