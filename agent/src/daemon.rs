@@ -240,6 +240,10 @@ impl Daemon {
         fault::point("daemon", "in step, but for what another mode left");
         daemon.remove_former()?;
         daemon.align_steps();
+        if mode == Mode::Ebpf {
+            // The directory of the pins is there from now on: what is confined cannot make it.
+            daemon.journal.note([daemon.steering.clone()])?;
+        }
         Ok(daemon)
     }
 

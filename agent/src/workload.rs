@@ -4,6 +4,7 @@ mod conmon;
 mod container;
 pub(crate) mod hooks_dir;
 pub(crate) mod oci;
+mod program;
 pub(crate) mod started;
 pub(crate) mod systemd;
 

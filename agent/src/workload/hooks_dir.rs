@@ -1,5 +1,6 @@
 //! The directory in which podman and CRI-O look for hooks (oci-hooks(5)), and our hook in it.
 
+use super::program;
 use crate::{durable, fault};
 use serde_json::{Value, json};
 use std::{
@@ -34,7 +35,7 @@ impl<'c> Hook<'c> {
 
     /// The file's path and content.
     pub(crate) fn file(self) -> io::Result<(PathBuf, String)> {
-        Ok((self.path(), content(&env::current_exe()?, self.config)))
+        Ok((self.path(), content(&program::path()?, self.config)))
     }
 
     /// Whether anybody looks there: the directory is podman's and CRI-O's, and below theirs.

@@ -1,5 +1,6 @@
 //! systemd, by its own command: what units there are, where they run, and a step of ours before they start.
 
+use super::program;
 use crate::{durable, fault};
 use std::{
     fs, io,
@@ -82,7 +83,7 @@ impl DropIn {
 
     /// The file's path and content, for a configuration that is not the default one.
     pub(crate) fn file(&self, config: Option<&Path>) -> io::Result<(PathBuf, String)> {
-        let text = drop_in(&std::env::current_exe()?, &self.service, config, self.required);
+        let text = drop_in(&program::path()?, &self.service, config, self.required);
         Ok((self.path(), text))
     }
 
