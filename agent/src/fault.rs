@@ -22,6 +22,7 @@ mod armed {
         fs::{self, File},
         io::{self, Write as _},
         path::{Path, PathBuf},
+        sync::{Mutex, PoisonError},
     };
 
     const LOG: &str = "MESH_REDIRECT_FAULT_LOG";
@@ -32,7 +33,6 @@ mod armed {
     pub(crate) fn point(subject: &str, step: &str) {
         let Some(log) = env::var_os(LOG).map(PathBuf::from) else { return };
         let line = format!("{subject}: {step}");
-        // A file that is not there is a test that is not ready yet.
         let Ok(number) = append(&log, &line) else { return };
         if env::var(KILL).is_ok_and(|wanted| wanted.parse() == Ok(number)) {
             end(Signal::SIGKILL);
@@ -42,11 +42,23 @@ mod armed {
         }
     }
 
+    /// What the file begins with once the test is ready.
+    const ARMED: &str = "armed\n";
+    /// Kept open: a daemon that has confined itself may not open it any more.
+    static FILE: Mutex<Option<File>> = Mutex::new(None);
+
     /// Writes the line, and says which one it is.
     fn append(log: &Path, line: &str) -> io::Result<usize> {
-        let mut file = File::options().append(true).open(log)?;
+        let mut kept = FILE.lock().unwrap_or_else(PoisonError::into_inner);
+        let file = match &mut *kept {
+            Some(file) => file,
+            none => none.insert(File::options().append(true).open(log)?),
+        };
+        if !fs::read_to_string(log)?.starts_with(ARMED) {
+            return Err(io::ErrorKind::NotConnected.into());
+        }
         file.write_all(format!("{line}\n").as_bytes())?;
-        Ok(fs::read_to_string(log)?.lines().count())
+        Ok(fs::read_to_string(log)?.lines().count() - 1)
     }
 
     fn end(signal: Signal) {

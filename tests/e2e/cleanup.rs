@@ -304,16 +304,16 @@ fn a_cgroup_that_vanishes_while_it_is_attached_to_is_no_error(sandbox: &Sandbox)
         }
         Agent::configure(sandbox, "");
         let passed = sandbox.path("points");
-        let _ = fs::remove_file(&passed);
+        fs::write(&passed, "").expect("make the file of the points");
         let daemon = Agent::program(sandbox, &["run"]).env("MESH_REDIRECT_FAULT_LOG", &passed);
         let mut daemon = daemon.env("MESH_REDIRECT_FAULT_STOP", point).serve(sandbox.path("agent.log"));
         daemon.wait_until(|_| Agent::command(sandbox, &["status"]).has_status());
-        fs::write(&passed, "").expect("arm the points");
+        fs::write(&passed, "armed\n").expect("arm the points");
         let enabling = Agent::program(sandbox, &["enable", "shop"]).begin();
         eventually("the daemon has stopped", SOON, || {
             fs::read_to_string(&passed).is_ok_and(|passed| passed.lines().last() == Some(point))
         });
-        fs::remove_file(&passed).expect("disarm the points");
+        fs::write(&passed, "").expect("disarm the points");
         fs::remove_dir(tests::cgroup_path(&sandbox.cgroup(place))).expect("remove a cgroup");
         daemon.signal(nix::sys::signal::Signal::SIGCONT);
         let enabled = enabling.finish();

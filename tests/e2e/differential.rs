@@ -31,7 +31,7 @@ clusters:
 const SOON: Duration = Duration::from_secs(5);
 
 /// Every mode gets the same policies and connections. A run can be repeated by its seed.
-static SEED: LazyLock<u64> = LazyLock::new(|| {
+pub(crate) static SEED: LazyLock<u64> = LazyLock::new(|| {
     let clock = || SystemTime::now().duration_since(UNIX_EPOCH).map_or(1, |time| time.as_nanos() as u64);
     env::var("MESH_REDIRECT_SEED").map_or_else(|_| clock(), |seed| seed.parse().expect("a seed is a number"))
 });

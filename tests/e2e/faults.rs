@@ -9,12 +9,15 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use tests::{
-    Agent, Answers, INSTANCES, Mode, ORIGIN, Place, Process, Proxy, Sandbox, Snapshot, Upstream, wait_for,
+    Agent, Answers, Build, INSTANCES, Mode, ORIGIN, Place, Process, Proxy, Sandbox, Snapshot, Upstream,
+    wait_for,
 };
 
 scenarios![everywhere: a_kill_at_any_step_leaves_nothing_behind];
 
 const SOON: Duration = Duration::from_secs(3);
+/// Another ABI version stays for a second at least.
+const RETIRED: Duration = Duration::from_secs(10);
 
 fn a_kill_at_any_step_leaves_nothing_behind(sandbox: &Sandbox) {
     let [a, b] = INSTANCES.map(|address| format!("{address}:8080"));
@@ -34,14 +37,17 @@ fn a_kill_at_any_step_leaves_nothing_behind(sandbox: &Sandbox) {
     thread::scope(|scope| {
         let bystander = scope.spawn(|| bystander(sandbox, &done));
         let ended = Ended(&done);
-        let mut kills = 0;
+        let (mut kills, mut distinct) = (0, BTreeSet::new());
         let mut faults = Vec::new();
         for scenario in SCENARIOS.iter().filter(|scenario| (scenario.applies)(sandbox.mode)) {
-            kills += Rig::new(sandbox, scenario).kill_at_every_point(&mut faults);
+            kills += Rig::new(sandbox, scenario).kill_at_every_point(&mut distinct, &mut faults);
         }
         drop(ended);
         let asked = bystander.join().expect("a bystander that noticed nothing");
-        println!("{kills} kills, {asked} connections of a service that is not enabled");
+        println!(
+            "{} points, {kills} kills, {asked} connections of a service that is not enabled",
+            distinct.len()
+        );
         assert!(faults.is_empty(), "{}", faults.join("\n"));
     });
 }
@@ -80,7 +86,11 @@ struct Scenario {
     act: fn(&mut Rig<'_>),
 }
 
-const SCENARIOS: [Scenario; 12] = [
+/// Where points that are passed are written, and how it begins while they count (agent/src/fault.rs).
+const LOG: &str = "points";
+const ARMED: &str = "armed\n";
+
+const SCENARIOS: [Scenario; 15] = [
     Scenario {
         name: "a daemon starts with nothing enabled, and the first service is enabled",
         with_systemd: false,
@@ -198,6 +208,33 @@ const SCENARIOS: [Scenario; 12] = [
         },
     },
     Scenario {
+        name: "the configuration is read anew",
+        with_systemd: false,
+        applies: |_| true,
+        before: |rig| rig.started_with(&["shop"]),
+        act: |rig| {
+            rig.configure(rig.sandbox.mode.name(), "failure: closed\ncapture: { exclude: [10.88.0.0/16] }\n");
+            rig.command(&["reload"]);
+        },
+    },
+    Scenario {
+        name: "an agent of another ABI takes over",
+        with_systemd: false,
+        applies: |mode| mode == Mode::Ebpf,
+        before: |rig| {
+            rig.build = Build::ChangedAbi;
+            rig.started_with(&["shop"]);
+        },
+        act: |rig| rig.take_over(Build::Plain),
+    },
+    Scenario {
+        name: "an agent of another ABI takes over again",
+        with_systemd: false,
+        applies: |mode| mode == Mode::Ebpf,
+        before: |rig| rig.started_with(&["shop"]),
+        act: |rig| rig.take_over(Build::ChangedAbi),
+    },
+    Scenario {
         name: "cleanup",
         with_systemd: false,
         applies: |_| true,
@@ -223,23 +260,35 @@ struct Rig<'s> {
     daemon: Option<Process>,
     /// At which point the agent kills itself.
     kill: Option<usize>,
+    build: Build,
     /// The host before everything.
     pristine: Snapshot,
 }
 
 impl<'s> Rig<'s> {
     fn new(sandbox: &'s Sandbox, scenario: &'s Scenario) -> Self {
-        Self { sandbox, scenario, daemon: None, kill: None, pristine: Snapshot::of(sandbox) }
+        // Daemons open it before they confine themselves.
+        fs::write(sandbox.path(LOG), "").expect("make the file of the points");
+        Self {
+            sandbox,
+            scenario,
+            daemon: None,
+            kill: None,
+            build: Build::Plain,
+            pristine: Snapshot::of(sandbox),
+        }
     }
 
     /// As many times as there are points in the undisturbed run.
-    fn kill_at_every_point(mut self, faults: &mut Vec<String>) -> usize {
+    fn kill_at_every_point(mut self, distinct: &mut BTreeSet<String>, faults: &mut Vec<String>) -> usize {
         let begun = Instant::now();
         let (points, end) = self.undisturbed();
         assert!(
             !points.is_empty(),
-            "no point was passed: the agent was built without its feature `fault-points`"
+            "{}: no point was passed: the agent was built without its feature `fault-points`",
+            self.scenario.name
         );
+        distinct.extend(points.iter().cloned());
         let mut kills = 0;
         for (number, point) in chosen(&points) {
             let at = format!("{}, killed at {number} of {}, {point}", self.scenario.name, points.len());
@@ -257,20 +306,20 @@ impl<'s> Rig<'s> {
     fn undisturbed(&mut self) -> (Vec<String>, Snapshot) {
         self.begin(None);
         (self.scenario.act)(self);
-        let points = fs::read_to_string(self.log()).unwrap_or_default();
+        let points = self.passed();
         self.disarm();
         self.run_on();
         let end = self.settled();
         let left = self.clean_up();
         assert!(left.is_empty(), "{}: {left:#?}", self.scenario.name);
-        (points.lines().map(str::to_owned).collect(), end)
+        (points, end)
     }
 
     /// Kills whoever passes a point. False where nobody came so far: what is done again and again is not done as often each time.
     fn disturb(&mut self, number: usize, at: &str) -> bool {
         self.begin(Some(number));
         (self.scenario.act)(self);
-        let passed = fs::read_to_string(self.log()).unwrap_or_default().lines().count();
+        let passed = self.passed().len();
         assert!(passed <= number, "{at}: nobody was killed");
         self.disarm();
         // A daemon may not have come by this time.
@@ -285,14 +334,15 @@ impl<'s> Rig<'s> {
 
     fn begin(&mut self, kill: Option<usize>) {
         self.configure(self.sandbox.mode.name(), "");
+        self.build = Build::Plain;
         self.kill = kill;
         (self.scenario.before)(self);
-        fs::write(self.log(), "").expect("arm the points");
+        fs::write(self.log(), ARMED).expect("arm the points");
     }
 
     fn disarm(&mut self) {
         self.kill = None;
-        fs::remove_file(self.log()).expect("disarm the points");
+        fs::write(self.log(), "").expect("disarm the points");
     }
 
     /// A daemon goes on from there, and does in the end what was asked for. What is not as it shall be then.
@@ -330,8 +380,14 @@ impl<'s> Rig<'s> {
         })
     }
 
+    /// Which points were.
+    fn passed(&self) -> Vec<String> {
+        let said = fs::read_to_string(self.log()).expect("the file of the points");
+        said.lines().skip(1).map(str::to_owned).collect()
+    }
+
     fn log(&self) -> PathBuf {
-        self.sandbox.path("points")
+        self.sandbox.path(LOG)
     }
 
     fn configure(&self, mode: &str, settings: &str) {
@@ -376,6 +432,19 @@ impl<'s> Rig<'s> {
         assert!(daemon.ended().success());
     }
 
+    /// The daemon gives way to one of another build, or of the same: until nothing of the other one is left.
+    fn take_over(&mut self, build: Build) {
+        if let Some(mut daemon) = self.daemon.take() {
+            daemon.signal(nix::sys::signal::Signal::SIGTERM);
+            daemon.ended();
+        }
+        self.build = build;
+        self.start();
+        let pins = self.sandbox.pins().to_owned();
+        let is_alone = || fs::read_dir(&pins).is_ok_and(|versions| versions.count() == 1);
+        wait_for(RETIRED, || (is_alone() || !self.is_running()).then_some(()));
+    }
+
     /// It may be killed, or find the daemon killed.
     fn command(&mut self, args: &[&str]) {
         self.command_at(Place::Outside, args);
@@ -387,7 +456,7 @@ impl<'s> Rig<'s> {
 
     fn program(&self, place: Place, args: &[&str]) -> tests::Program<'s> {
         let config = self.sandbox.path("agent.yaml").display().to_string();
-        let agent = tests::binary("mesh-redirect");
+        let agent = self.build.binary();
         let program = match self.scenario.with_systemd {
             true => self.sandbox.with_systemd(place, agent),
             false => self.sandbox.program(place, agent),

@@ -78,6 +78,7 @@ mod listener;
 mod liveness;
 mod maps;
 mod metrics;
+mod model;
 mod names;
 mod nftables;
 mod origins;

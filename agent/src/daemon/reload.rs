@@ -4,6 +4,7 @@ use super::{Daemon, Error, change::difference};
 use crate::{
     api,
     config::{self, Config},
+    fault,
     plan::Compiled,
     state::State,
     watch,
@@ -82,7 +83,9 @@ impl Daemon {
     fn take_effect(&mut self, former: &Setup) -> Result<(), Error> {
         self.file.save(&self.state)?;
         self.apply(&self.state.clone())?;
+        fault::point("reload", "applied");
         self.align_files()?;
+        fault::point("reload", "files in line");
         if self.forget_replaced_containers(&former.state) {
             self.apply(&self.state.clone())?;
         }

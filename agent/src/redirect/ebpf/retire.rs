@@ -10,6 +10,7 @@
 //!    origins.
 
 use super::{Error, pins::Pins};
+use crate::fault;
 use std::{
     collections::BTreeMap,
     time::{Duration, Instant},
@@ -41,7 +42,9 @@ impl Retiring {
             _ => {
                 pins.check()?;
                 pins.remove_programs()?;
+                fault::point("other version", "attached by nobody any more");
                 pins.scopes()?.into_iter().try_for_each(|scope| pins.remove_rewriting(scope))?;
+                fault::point("other version", "steers no more");
                 self.0.insert(version, Instant::now());
                 tracing::info!(
                     abi_version = version,
