@@ -20,6 +20,7 @@ scenarios![
     a_daemon_killed_under_load_fails_no_request,
     a_restarted_daemon_takes_over_under_load,
     a_stopped_daemon_leaves_services_steered,
+    a_daemon_starts_over_what_another_policy_has_left,
     a_cgroup_that_was_made_anew_is_steered_again,
     a_connection_from_before_enable_is_left_alone,
     check_finds_everything_in_place,
@@ -62,6 +63,15 @@ fn a_stopped_daemon_leaves_services_steered(sandbox: &Sandbox) {
 
     let answers = sandbox.peer(Place::Shop).args(["load", &origin(), "1", "300"]).run();
     proxied(answers.ok());
+}
+
+/// What it tries out to see whether it can steer is not hindered by what is there.
+fn a_daemon_starts_over_what_another_policy_has_left(sandbox: &Sandbox) {
+    let mesh = Mesh::enabled(sandbox, "capture: { exclude: [10.88.0.0/16, 'fd88::/16'] }\n");
+    mesh.agent.stop();
+    let agent = Agent::start(sandbox, "capture: { exclude: [10.89.0.0/16] }\n");
+    answers(sandbox).are_balanced();
+    assert_eq!(agent.status().services.len(), 1);
 }
 
 fn the_enabled_set_survives_a_restart(sandbox: &Sandbox) {

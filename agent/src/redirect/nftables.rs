@@ -203,7 +203,9 @@ pub(crate) fn try_rules(cgroup_root: &Path) -> Result<(), Error> {
         users: vec![1],
     };
     let ruleset = Ruleset::new(&Desired { services: vec![service], ..Desired::default() }, cgroup_root);
-    Kernel::open()?.check(message::replace(&message::Present::default(), &ruleset))
+    let kernel = Kernel::open()?;
+    // In the place of a table of ours that is there: its elements would overlap.
+    kernel.check(message::replace(&kernel.present()?, &ruleset))
 }
 
 /// Tables of others' that translate addresses of connections from here.
