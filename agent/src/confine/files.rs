@@ -24,6 +24,7 @@ const REPLACE: BitFlags<AccessFs> = make_bitflags!(AccessFs::{WriteFile | Trunca
 const OWN: BitFlags<AccessFs> = make_bitflags!(AccessFs::{
     WriteFile | Truncate | MakeReg | MakeSock | MakeDir | RemoveFile | RemoveDir
 });
+const DIRECTORIES: BitFlags<AccessFs> = make_bitflags!(AccessFs::{MakeDir | RemoveDir});
 /// Processes are moved by writing, and cgroups are directories.
 const CGROUPS: BitFlags<AccessFs> = make_bitflags!(AccessFs::{WriteFile | Truncate | MakeDir | RemoveDir});
 
@@ -60,14 +61,15 @@ pub(super) fn areas(paths: &Paths, mode: Mode, cgroup_root: &Path) -> Vec<Area> 
         area(Path::new("/dev/null"), WRITE),
     ];
     areas.extend(steering);
-    areas.extend(above_hooks(&paths.hooks).map(|dir| area(dir, OWN)));
+    areas.extend(above_hooks(&paths.hooks).next().map(|dir| area(dir, OWN)));
+    areas.extend(above_hooks(&paths.hooks).last().map(|dir| area(dir, DIRECTORIES)));
     areas
 }
 
-/// The hook's directory, or what is there of those in which it is made.
-fn above_hooks(hooks: &Path) -> Option<&Path> {
+/// What is there of the hook's directory and of those in which it is made, and removed.
+fn above_hooks(hooks: &Path) -> impl Iterator<Item = &Path> {
     let is_theirs = |dir: &&Path| dir.parent().is_some() && dir.is_dir();
-    hooks.ancestors().take(3).find(is_theirs)
+    hooks.ancestors().take(3).filter(is_theirs)
 }
 
 /// Lets this thread write nowhere else, and signal nobody but what it starts (Linux 6.12). False where the kernel cannot.
@@ -98,10 +100,11 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let hooks = dir.path().join("containers/oci/hooks.d");
         fs::create_dir_all(dir.path().join("containers")).unwrap();
-        assert_eq!(above_hooks(&hooks), Some(&*dir.path().join("containers")));
+        assert_eq!(above_hooks(&hooks).next(), Some(&*dir.path().join("containers")));
         fs::create_dir_all(&hooks).unwrap();
-        assert_eq!(above_hooks(&hooks), Some(&*hooks));
-        assert_eq!(above_hooks(Path::new("/nonexistent/hooks.d")), None);
+        assert_eq!(above_hooks(&hooks).next(), Some(&*hooks));
+        assert_eq!(above_hooks(&hooks).last(), Some(&*dir.path().join("containers")));
+        assert_eq!(above_hooks(Path::new("/nonexistent/hooks.d")).next(), None);
     }
 
     #[test]
