@@ -45,6 +45,8 @@ pub(crate) fn unit(config: &Config, attach: &cli::Attach) -> anyhow::Result<api:
         return Ok(joined);
     }
     let _held = lock::kernel(&config.paths.run)?;
+    // It may have been disabled while this waited.
+    let state = StateFile::new(&config.paths.state).load()?;
     let Some(name) = service else {
         note_pins(config);
         ebpf(config).attach_proxy(&cgroup)?;

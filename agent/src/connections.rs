@@ -20,6 +20,8 @@ use std::{
 #[derive(Debug)]
 pub(crate) struct Open {
     connections: Vec<Connection>,
+    /// What was accepted at one of these is no connection that a service has made, and no policy is for it.
+    listened: HashSet<u16>,
     steering: Steering,
 }
 
@@ -49,14 +51,16 @@ impl Open {
                 Steering::Rewritten(ends.collect())
             }
         };
-        Ok(Some(Self { connections, steering }))
+        Ok(Some(Self { connections, listened: sockets::listened()?, steering }))
     }
 
     /// Those that policy steers and that are not steered, with their services.
     pub(crate) fn unsteered<'s>(&self, owners: &Owners<'s>) -> io::Result<Vec<(&'s Service, &Connection)>> {
         let mut policies: HashMap<u32, Vec<Range>> = HashMap::new();
         let mut found = Vec::new();
-        for (service, connection) in self.of(owners).filter(|(_, connection)| !connection.is_bound) {
+        let is_made = |connection: &Connection| !self.listened.contains(&connection.local.port());
+        let made = self.of(owners).filter(|(_, connection)| !connection.is_bound && is_made(connection));
+        for (service, connection) in made {
             let ranges = policies.entry(service.id).or_insert_with(|| rules::ranges(&service.entries));
             if !service.observe && is_in(ranges, connection.remote) && !self.is_steered(connection)? {
                 found.push((service, connection));

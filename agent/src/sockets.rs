@@ -8,6 +8,7 @@ use netlink_packet_sock_diag::{
 };
 use nix::sys::socket::SockProtocol;
 use std::{
+    collections::HashSet,
     io,
     net::{IpAddr, SocketAddr},
 };
@@ -72,6 +73,12 @@ const NO_COOKIE: [u8; 8] = [0xff; 8];
 /// TCP listeners on a port in this network namespace, of both families.
 pub(crate) fn listeners(port: u16) -> io::Result<Vec<Socket>> {
     on_port(port, &StateFlags::LISTEN)
+}
+
+/// Ports that somebody listens on.
+pub(crate) fn listened() -> io::Result<HashSet<u16>> {
+    let ports = dump(&StateFlags::LISTEN, |body| socket(body).map(|(port, _)| port))?;
+    Ok(ports.into_iter().collect())
 }
 
 /// Whether a connection to a port is open: its end here was not closed by both sides yet.

@@ -11,6 +11,7 @@ use tests::{
 scenarios![
     connections_from_before_are_told_and_kept,
     a_reset_closes_what_would_be_steered_of_that_service_and_nothing_else,
+    connections_that_a_service_has_accepted_are_none_that_it_made,
     a_drain_waits_for_connections_to_end_and_closes_the_rest,
     a_drain_that_is_interrupted_leaves_the_rest_alone,
     a_disabled_services_steered_connections_are_closed_if_asked,
@@ -75,6 +76,19 @@ fn a_reset_closes_what_would_be_steered_of_that_service_and_nothing_else(sandbox
     assert_eq!(steered.ask("hello").trim(), "open");
     enable(sandbox, &["--existing=reset"]).is("shop is already enabled");
     assert_eq!(steered.ask("hello").trim(), "open");
+}
+
+fn connections_that_a_service_has_accepted_are_none_that_it_made(sandbox: &Sandbox) {
+    let _mesh = Mesh::start(sandbox, "");
+    let server = "10.77.0.1:7100";
+    let mut echo = sandbox.peer(Place::Shop).args(["echo", server]).serve(sandbox.path("echo.log"));
+    echo.wait_until(|echo| echo.log().contains("listening"));
+    let mut client = sandbox.peer(Place::Peer).args(["linger", server]).converse();
+    assert_eq!(client.ask("hello").trim(), "open");
+    let enabled = enable(sandbox, &["--existing=reset", "--json"]);
+    assert_eq!(json(&enabled)["existing"][0]["count"].as_u64().unwrap_or_default(), 0, "{enabled:?}");
+    assert_eq!(client.ask("hello").trim(), "open");
+    assert_eq!(unsteered(sandbox), 0);
 }
 
 fn a_drain_waits_for_connections_to_end_and_closes_the_rest(sandbox: &Sandbox) {

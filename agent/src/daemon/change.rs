@@ -71,7 +71,7 @@ impl Daemon {
         }
         notes.extend(self.beside_notes());
         let beside = self.beside(&names, &scopes);
-        let existing = if change.observe { None } else { self.existing(&names, false, change.existing)? };
+        let existing = if change.observe { None } else { self.told(&names, false, change, &mut notes)? };
         Ok(api::Changed { services, notes, existing, difference: None, beside })
     }
 
@@ -93,8 +93,26 @@ impl Daemon {
         self.commit(next)?;
         self.align_files()?;
         names.iter().for_each(|name| started::forget(&self.config.paths.run, name));
-        let (existing, notes) = (self.existing(&names, true, change.existing)?, self.lost_addresses(&names));
+        let mut notes = self.lost_addresses(&names);
+        let existing = self.told(&names, true, change, &mut notes)?;
         Ok(api::Changed { services, notes, existing, difference: None, beside: vec![] })
+    }
+
+    /// Open connections. That they cannot be told is no failure of what was done, unless something was to be done with them.
+    fn told(
+        &mut self,
+        names: &[String],
+        steered: bool,
+        change: &api::Change,
+        notes: &mut Vec<String>,
+    ) -> Result<Option<Vec<api::OfService>>, Error> {
+        match self.existing(names, steered, change.existing) {
+            Err(error) if change.existing == Existing::Keep => {
+                notes.push(error.to_string());
+                Ok(None)
+            }
+            existing => existing,
+        }
     }
 
     /// Programs of others' beside those of services.

@@ -32,7 +32,10 @@ impl Daemon {
             cgroup: desired.proxy.as_ref().map(|cgroup| self.workloads.path_of(cgroup)),
             attached: desired.proxy.as_ref().is_some_and(|cgroup| kernel.proxies.contains(&cgroup.id)),
         };
-        let unsteered = self.count_unsteered(&desired)?;
+        let unsteered = self.count_unsteered(&desired).unwrap_or_else(|error| {
+            tracing::warn!("{error}");
+            None
+        });
         let services = desired.services.iter().zip(self.state.iter()).map(|(service, (name, entry))| {
             let known = kernel.services.iter().find(|known| known.id == service.id);
             let scope = |cgroup: &Cgroup| api::Scope {

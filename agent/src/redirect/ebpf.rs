@@ -56,7 +56,8 @@ pub(crate) struct Ebpf {
     own: BTreeMap<&'static str, Pinned>,
     /// What this process wrote and attached, so that an `apply` does no more than what changed.
     written: Written,
-    attached: BTreeSet<pins::Scope>,
+    /// With which programs.
+    attached: BTreeMap<pins::Scope, Vec<Program>>,
     evicted: Evicted,
     retiring: Retiring,
 }
@@ -72,7 +73,7 @@ impl Ebpf {
             loaded: false,
             own: BTreeMap::new(),
             written: Written::default(),
-            attached: BTreeSet::new(),
+            attached: BTreeMap::new(),
             evicted: Evicted::default(),
             retiring: Retiring::default(),
         }
@@ -102,7 +103,7 @@ impl Ebpf {
             self.own = object::all_pinned(&self.pins);
         }
         let present: BTreeSet<pins::Scope> = self.pins.scopes()?.into_iter().collect();
-        self.attached.retain(|scope| present.contains(scope));
+        self.attached.retain(|scope, _| present.contains(scope));
         let mut maps = Maps::open(&self.pins)?;
         let mut scopes = Scopes::open(&self.pins)?;
         let mut hooks = Hooks::default();
@@ -244,7 +245,7 @@ impl Ebpf {
         let (programs, mut anew) = (programs_of(service), false);
         for cgroup in &service.scopes {
             let scope = pins::Scope { owner: Owner::Service(service.id), cgroup: cgroup.id };
-            if self.attached.contains(&scope) {
+            if self.attached.get(&scope) == Some(&programs) {
                 continue;
             }
             let attached = attach_service(&self.pins, hooks, scopes, service, cgroup, &programs);
@@ -252,7 +253,7 @@ impl Ebpf {
                 self.pins.remove_links(scope, &programs::DATAGRAM)?;
             }
             if absent_is_fine(attached)? {
-                anew |= self.attached.insert(scope);
+                anew |= self.attached.insert(scope, programs.clone()).as_ref() != Some(&programs);
             }
         }
         Ok(anew)
