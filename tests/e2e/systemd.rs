@@ -235,7 +235,7 @@ fn reload_with_another_unit(sandbox: &Sandbox, release: Release) {
         assert_eq!(shop.run(AGENT), "active\nrunning");
     }
     let refusals = || {
-        let log = shop.run("journalctl --unit mesh-redirect --output cat");
+        let log = shop.run("journalctl --sync && journalctl --unit mesh-redirect --output cat");
         log.matches("there is no unit nobody.service").count()
     };
     let before = refusals();
